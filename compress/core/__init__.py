@@ -1,0 +1,1 @@
+"""Types and contracts that every room shares; nothing here imports torch."""

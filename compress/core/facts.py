@@ -1,0 +1,24 @@
+"""Facts about a model, by which a whole chain of passes is checked before a byte is loaded.
+
+A pass names the facts it needs, gives and breaks. The engine walks the chain with the facts of the
+source model and refuses the first step whose needs are not met.
+"""
+
+from enum import StrEnum
+
+
+class Fact(StrEnum):
+    """What can be true of an artifact."""
+
+    TRANSFORMERS = "transformers"  # a folder that transformers' from_pretrained reads
+    FLOAT_WEIGHTS = "float-weights"  # every weight is a float that a pass may change
+    INTEGER_WEIGHTS = "integer-weights"  # some weights are stored as integers and scales
+    ONNX_GRAPH = "onnx-graph"  # a graph that ONNX Runtime reads
+
+
+MEANING: dict[Fact, str] = {
+    Fact.TRANSFORMERS: "a transformers model folder",
+    Fact.FLOAT_WEIGHTS: "float weights",
+    Fact.INTEGER_WEIGHTS: "integer weights",
+    Fact.ONNX_GRAPH: "an ONNX graph",
+}

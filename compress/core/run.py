@@ -1,0 +1,53 @@
+"""What belongs to a run and not to a method: task, seed, calibration data, device, threads."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from compress.core.events import SILENT, Reporter
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class CalibrationSource:
+    """Which tokens a calibrated method sees; the same for every method of a run.
+
+    Attributes:
+        text: path, hub data set or ``builtin:NAME``, as `compress.data.corpora` resolves it.
+        samples: number of sequences.
+        sequence_length: tokens in each sequence; all are equally long, so nothing is padded.
+        batch_size: sequences in one forward pass.
+    """
+
+    text: str
+    samples: int = 128
+    sequence_length: int = 512
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """The circumstances of one application of a pass.
+
+    Attributes:
+        task: name of a task (`compress.models.tasks`), or ``auto`` to take it from the model.
+        seed: of every random draw.
+        device: where blocks are computed.
+        threads: torch's intra-operation threads; part of a step's identity, because other thread
+            counts give other bytes.
+        calibration: the calibration data, or none.
+        scratch: a folder for progress that outlives a crash but is no part of the result.
+        trust_remote_code: whether code inside the model folder may run.
+        reporter: who is told what happens.
+    """
+
+    task: str = "auto"
+    seed: int = 0
+    device: Device = "cpu"
+    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    calibration: CalibrationSource | None = None
+    scratch: Path = Path(".")
+    trust_remote_code: bool = False
+    reporter: Reporter = SILENT
