@@ -1,0 +1,120 @@
+"""The compressed-tensors format, ``pack-quantized``: what transformers and vLLM load.
+
+A matrix is stored as ``weight_packed`` (int32 words along the input, little end first, each value
+offset by ``2^(b-1)`` to be unsigned), ``weight_scale`` ``[rows, groups]``, ``weight_shape``, and for
+asymmetric schemes ``weight_zero_point`` packed along the rows. Packing is the library's own.
+https://github.com/vllm-project/compressed-tensors
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+
+from compress.core.errors import ModelError
+from compress.core.scheme import Scheme
+from compress.formats.weight_format import Held, WeightFormat
+from compress.numerics.affine import Quantized
+
+_SUFFIX = ".weight"
+_HOLDS = ("Linear", "Embedding")
+
+
+@final
+class CompressedTensors(WeightFormat):
+    """Integers of 2 to 8 bits with one scale a group, in safetensors."""
+
+    name = "compressed-tensors"
+
+    def refusal(self, held: Held) -> str | None:
+        """Only linear layers, embeddings and experts that are linear layers on disk can be held.
+
+        Anything else (GPT-2's Conv1D) would load in stock transformers without an error and with random
+        weights.
+        """
+        if not held.expert and held.kind not in _HOLDS:
+            return f"compressed-tensors cannot hold a {held.kind}"
+        if held.expert and not held.scheme.symmetric:
+            return "transformers reads packed experts without zero points; use a symmetric scheme"
+        return None
+
+    def encode(self, weight: str, parts: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
+        """``weight_packed``, ``weight_scale``, ``weight_shape`` and, if asymmetric, ``weight_zero_point``."""
+        if not weight.endswith(_SUFFIX):
+            raise ModelError(f"'{weight}' does not end in '{_SUFFIX}', so the format has no name for it")
+        stem = weight.removesuffix(_SUFFIX)
+        q, scale = parts["q"], parts["scale"]
+        tensors = {
+            f"{stem}.weight_packed": pack_to_int32(q, scheme.bits),
+            f"{stem}.weight_scale": scale.contiguous(),
+            f"{stem}.weight_shape": torch.tensor(q.shape, dtype=torch.int64),
+        }
+        if not scheme.symmetric:
+            zero = parts["zero"]
+            tensors[f"{stem}.weight_zero_point"] = pack_to_int32(zero, scheme.bits, packed_dim=0).contiguous()
+        return tensors
+
+    def encoded_bytes(self, held: Held, scale_bytes: int) -> int:
+        """Packed words, scales, the shape, and zero points."""
+        words = held.rows * -(-held.columns * held.scheme.bits // 32)
+        groups = held.scheme.groups(held.columns)
+        zeros = 0 if held.scheme.symmetric else -(-held.rows * held.scheme.bits // 32) * groups
+        return 4 * (words + zeros) + held.rows * groups * scale_bytes + 16
+
+    def configuration(
+        self, held: Sequence[Held], kept: Sequence[str], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """``quantization_config`` with one group a scheme; the most frequent one targets all linear layers."""
+        frequent = [scheme for scheme, _ in Counter(entry.scheme for entry in held).most_common()]
+        # transformers takes the first group without a regular expression for fused experts.
+        experts = [entry.scheme for entry in held if entry.expert]
+        if experts:
+            frequent.sort(key=lambda scheme: scheme != experts[0])
+        groups = {}
+        for index, scheme in enumerate(frequent):
+            named = sorted(e.module for e in held if e.scheme == scheme and (index > 0 or e.kind != "Linear"))
+            named = [module for module in named if module not in {e.module for e in held if e.expert}]
+            targets = ["Linear", *named] if index == 0 else named
+            groups[f"group_{index}"] = {"targets": targets, "weights": _weights(scheme)}
+        quantization = {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": sorted(kept),
+        }
+        return {**config, "quantization_config": quantization}
+
+
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    grouped = scheme.group_size is not None
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "group" if grouped else "channel",
+        "group_size": scheme.group_size,
+        "dynamic": False,
+    }
+
+
+def read_quantized(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> Quantized:
+    """One matrix back from its tensors on disk, by their local names (``weight_packed``, …).
+
+    Raises:
+        ModelError: a tensor is missing.
+    """
+    try:
+        packed, scale, shape = (tensors[f"weight_{part}"] for part in ("packed", "scale", "shape"))
+        rows, columns = (int(size) for size in shape)
+        q = unpack_from_int32(packed, scheme.bits, torch.Size((rows, columns)))
+        zero = None
+        if not scheme.symmetric:
+            zero = unpack_from_int32(
+                tensors["weight_zero_point"], scheme.bits, torch.Size((rows, scale.shape[-1])), packed_dim=0
+            )
+    except KeyError as error:
+        raise ModelError(f"a packed matrix lacks {error}", "make the artifact again") from error
+    return Quantized(q=q.contiguous(), scale=scale, zero=zero, scheme=scheme)

@@ -1,0 +1,1 @@
+"""Hugging Face models: where their stacks are, names on disk, tasks."""

@@ -1,0 +1,1 @@
+"""The streaming sweep over the blocks of a model."""

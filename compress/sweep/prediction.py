@@ -1,0 +1,80 @@
+"""What a sweep will take, predicted from headers and one short timing of this machine."""
+
+import time
+from typing import Any
+
+import torch
+
+from compress.core.passes import Needs
+from compress.core.run import Run
+from compress.formats.weight_format import WeightFormat
+from compress.models.checkpoint import Checkpoint
+from compress.models.load import loaded_dtype
+from compress.sweep.rounder import Rounder
+from compress.sweep.selection import Selection
+
+# Python with torch and transformers, measured as the resident set after importing both.
+IMPORT_BYTES = 700 * 2**20
+
+
+def predict(
+    rounder: Rounder,
+    selection: Selection,
+    model: Any,
+    checkpoint: Checkpoint,
+    weight_format: WeightFormat,
+    run: Run,
+) -> Needs:
+    """Disk from the format's layout, memory from the largest block, time from the products of the sweep."""
+    scale_bytes = loaded_dtype(checkpoint.source).itemsize
+    rounded = {name for matrix in selection.schemes for name in matrix.on_disk}
+    packed = sum(weight_format.encoded_bytes(held, scale_bytes) for held in selection.held())
+    copied = sum(_bytes(checkpoint, name) for name in checkpoint.names if name not in rounded)
+    compute = 4 if run.device == "cpu" else scale_bytes
+    largest = max(
+        sum(parameter.numel() for parameter in block.module.parameters()) for block in selection.blocks
+    )
+    embeddings = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if not any(name.startswith(f"{block.name}.") for block in selection.blocks)
+    )
+    width = max((matrix.columns for matrix in selection.schemes), default=0)
+    working = compute * (largest + embeddings)
+    recordings = 0
+    seconds = 0.0
+    if rounder.calibrated and run.calibration is not None:
+        tokens = run.calibration.samples * run.calibration.sequence_length
+        hidden = model.get_input_embeddings().weight.shape[1]
+        recordings = tokens * hidden * compute
+        working += 4 * 4 * width * width
+        body = sum(matrix.rows * matrix.columns for matrix in selection.schemes)
+        # Two to three forward passes (calibrate stage by stage, advance), and one product of every input
+        # with itself for its second moments.
+        moments = sum(matrix.columns**2 for matrix in selection.schemes)
+        operations = 2 * tokens * (3 * body + moments) + sum(
+            2 * matrix.columns**2 * (matrix.rows + matrix.columns) for matrix in selection.schemes
+        )
+        seconds = operations / _rate(torch.device(run.device))
+    host = IMPORT_BYTES + recordings + (working if run.device == "cpu" else compute * largest)
+    disk = packed + copied + 2 * recordings
+    # Reading, writing and reading again to verify, at a disk that gives 500 MB a second.
+    seconds += 3 * disk / 500e6
+    return Needs(disk, host, 0 if run.device == "cpu" else working + recordings, seconds)
+
+
+def _bytes(checkpoint: Checkpoint, name: str) -> int:
+    return checkpoint.dtype(name).itemsize * torch.Size(checkpoint.shape(name)).numel()
+
+
+def _rate(device: torch.device) -> float:
+    """Floating-point operations a second of a float32 matrix product, timed for about a tenth of a second."""
+    size = 512
+    left = torch.ones(size, size, device=device)
+    torch.mm(left, left)
+    started = time.perf_counter()
+    rounds = 0
+    while time.perf_counter() - started < 0.1:
+        float(torch.mm(left, left)[0, 0])
+        rounds += 1
+    return rounds * 2 * size**3 / (time.perf_counter() - started)

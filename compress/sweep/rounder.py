@@ -1,0 +1,146 @@
+"""The contract of rounders: what a method that turns floats into integers has to say.
+
+A rounder says which statistic it gathers for a layer and how it rounds one matrix with it. Everything
+else (blocks, batches, resume, formats, records) is the sweep's. Nothing here imports torch.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from compress.core.facts import Fact
+from compress.core.passes import Needs, Outcome, Pass
+from compress.core.scheme import Range, Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.core.artifact import Artifact
+    from compress.core.run import Run
+    from compress.numerics.affine import Quantized
+    from compress.numerics.statistic import Statistic
+
+GroupSize = int | Literal["channel"]
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """One matrix after rounding.
+
+    Attributes:
+        quantized: the integers with their scales, already in the precision that will be stored.
+        notes: what the method did to get there (damping, clipped share), for the table of layers.
+    """
+
+    quantized: "Quantized"
+    notes: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+class Override(BaseModel):
+    """Other numbers for the modules whose name matches."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    match: str = Field(description="glob (`*.down_proj`) or `re:` regular expression over module names")
+    bits: Literal[2, 3, 4, 8] | None = Field(default=None, description="bits for these modules")
+    group_size: GroupSize | None = Field(default=None, description="group size for these modules")
+    symmetric: bool | None = Field(default=None, description="symmetry for these modules")
+
+
+class Rounder(Pass):
+    """A pass that rounds the linear layers of a model, each on its own or with a statistic of its input."""
+
+    needs: ClassVar[frozenset[Fact]] = frozenset({Fact.TRANSFORMERS, Fact.FLOAT_WEIGHTS})
+    gives: ClassVar[frozenset[Fact]] = frozenset({Fact.INTEGER_WEIGHTS})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.FLOAT_WEIGHTS})
+
+    bits: Literal[2, 3, 4, 8] = Field(default=4, description="bits of one weight")
+    group_size: GroupSize = Field(
+        default=128, description="input columns that share a scale, or `channel` for one scale a row"
+    )
+    symmetric: bool = Field(default=True, description="zero is the integer 0; otherwise groups have zero points")
+    fallback: Literal["refuse", "channel"] = Field(
+        default="refuse",
+        description="a layer whose width the group does not divide: refuse the plan, or give it one scale a row",
+    )
+    ignore: tuple[str, ...] = Field(
+        default=(), description="modules to leave in floats: globs or `re:` regular expressions"
+    )
+    include: tuple[str, ...] = Field(
+        default=(),
+        description="modules outside the blocks to compress too, such as `lm_head` or `*embed_tokens`",
+    )
+    overrides: tuple[Override, ...] = Field(
+        default=(), description="other bits, group or symmetry for modules by pattern; the last match wins"
+    )
+
+    @field_validator("group_size")
+    @classmethod
+    def _positive(cls, value: GroupSize) -> GroupSize:
+        if value != "channel" and value < 1:
+            raise ValueError("must be a positive number of columns or 'channel'")
+        return value
+
+    @property
+    @abstractmethod
+    def range(self) -> Range:
+        """The integer range of a symmetric scheme (`compress.core.scheme.Scheme.range`)."""
+
+    @abstractmethod
+    def statistic(self, columns: int, device: "torch.device") -> "Statistic | None":
+        """A fresh accumulator for one layer input of this many columns; ``None`` when no data is needed."""
+
+    @abstractmethod
+    def round(
+        self,
+        weight: "torch.Tensor",
+        statistic: "Statistic | None",
+        scheme: Scheme,
+        storage: "torch.dtype",
+    ) -> Rounded:
+        """Round one matrix.
+
+        Args:
+            weight: float32 ``[rows, columns]``, free to be overwritten. Rows of several layers that share
+                an input and a scheme may come stacked in one call.
+            statistic: of the layer's input, or ``None`` for a method without data.
+            scheme: bits, group, symmetry and range.
+            storage: the dtype in which scales are stored; scales are rounded to it *before* the integers
+                are chosen, so that what is written is what was meant.
+
+        Raises:
+            CalibrationError: the statistic cannot be used, and what to do.
+        """
+
+    def scheme_for(self, module: str) -> Scheme:
+        """The scheme of one module after overrides; the fallback is applied by the sweep's selection."""
+        from compress.core.patterns import matches
+
+        bits, group, symmetric = self.bits, self.group_size, self.symmetric
+        for override in self.overrides:
+            if matches(override.match, module):
+                bits = override.bits if override.bits is not None else bits
+                group = override.group_size if override.group_size is not None else group
+                symmetric = override.symmetric if override.symmetric is not None else symmetric
+        return Scheme(bits, None if group == "channel" else group, symmetric, self.range)
+
+    def check(self, source: "Artifact", run: "Run") -> Needs:
+        """Refuse layers that cannot be held, and predict the work; see `compress.sweep.quantization`."""
+        from compress.sweep.quantization import check
+
+        return check(self, source, run)
+
+    def apply(self, source: "Artifact", target: Path, run: "Run") -> Outcome:
+        """Sweep over the blocks and round their layers; see `compress.sweep.quantization`."""
+        from compress.sweep.quantization import quantize
+
+        return quantize(self, source, target, run)
+
+
+def recorded(notes: Mapping[str, Any]) -> dict[str, str]:
+    """Notes as they appear in the table of layers: short, and the same on every machine."""
+    return {key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in notes.items()}

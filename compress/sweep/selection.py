@@ -1,0 +1,180 @@
+"""Which matrices a rounder will round and how, settled from names and headers before any weight is read."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from compress.core.errors import PlanError, UsageError, did_you_mean
+from compress.core.patterns import matches, matches_any
+from compress.core.scheme import Scheme
+from compress.formats.weight_format import Held, WeightFormat
+from compress.models.blocks import Block, find_blocks
+from compress.models.checkpoint import Checkpoint
+from compress.sweep.matrices import SMALL_SHARE, Found, Matrix, find_matrices, outside
+from compress.sweep.rounder import Rounder
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What will be rounded.
+
+    Attributes:
+        blocks: all blocks of the model, in order.
+        inside: for each block position, its matrices with their schemes.
+        beyond: matrices outside the blocks that were asked for.
+        kept: weights that stay in floats, with the reason.
+        linear: all linear modules of the model, as a loader will see them.
+    """
+
+    blocks: tuple[Block, ...]
+    inside: Mapping[int, Mapping[Matrix, Scheme]]
+    beyond: Mapping[Matrix, Scheme]
+    kept: Mapping[str, str]
+    linear: tuple[str, ...]
+
+    @property
+    def schemes(self) -> dict[Matrix, Scheme]:
+        """All matrices with their schemes, in the order of the model."""
+        inside = {matrix: scheme for part in self.inside.values() for matrix, scheme in part.items()}
+        return {**inside, **self.beyond}
+
+    def held(self) -> list[Held]:
+        """The matrices as a format sees them; experts under the names that each has on disk."""
+        entries: list[Held] = []
+        fused: set[str] = set()
+        for matrix, scheme in self.schemes.items():
+            if matrix.expert is None:
+                entries.append(Held(matrix.module, matrix.kind, False, matrix.rows, matrix.columns, scheme))
+            elif matrix.parameter not in fused:
+                fused.add(matrix.parameter)
+                experts = sum(other.parameter == matrix.parameter for other in self.schemes)
+                rows = matrix.rows * experts // len(matrix.on_disk)
+                for name in matrix.on_disk:
+                    module = name.removesuffix(".weight")
+                    entries.append(Held(module, matrix.kind, True, rows, matrix.columns, scheme))
+        return entries
+
+    def floats(self) -> list[str]:
+        """Linear modules that stay in floats: what a loader has to leave alone."""
+        rounded = {matrix.module for matrix in self.schemes if matrix.expert is None}
+        return [name for name in self.linear if name not in rounded]
+
+
+def select(rounder: Rounder, model: Any, checkpoint: Checkpoint, weight_format: WeightFormat) -> Selection:
+    """Settle what is rounded, and refuse what cannot be.
+
+    Raises:
+        PlanError: a layer that the format cannot hold, a group that does not divide a layer, a large weight
+            that is no layer and was not ignored by name.
+        UsageError: a pattern that matches nothing.
+    """
+    blocks = tuple(find_blocks(model))
+    kept: dict[str, str] = {}
+    inside: dict[int, dict[Matrix, Scheme]] = {}
+    for block in blocks:
+        found = find_matrices(model, block.name, checkpoint)
+        kept.update(_unheld(found, rounder, weight_format))
+        inside[block.position] = {}
+        for matrix in found.matrices:
+            if _ignored(rounder, matrix):
+                kept[matrix.name] = "ignored"
+            else:
+                inside[block.position][matrix] = _scheme(rounder, matrix)
+    beyond = _beyond(rounder, model, blocks, checkpoint)
+    linear = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    selection = Selection(blocks, inside, beyond, kept, linear)
+    _check_patterns(rounder, model, selection)
+    if not selection.schemes:
+        raise PlanError("no layer is left to round", "loosen --ignore")
+    _check_experts(selection)
+    for held in selection.held():
+        reason = weight_format.refusal(held)
+        if reason:
+            raise PlanError(f"{held.module}: {reason}", f"leave it in floats with --ignore '{held.module}'")
+    return selection
+
+
+def _ignored(rounder: Rounder, matrix: Matrix) -> bool:
+    return matches_any(rounder.ignore, matrix.name) or matches_any(rounder.ignore, matrix.module)
+
+
+def _scheme(rounder: Rounder, matrix: Matrix) -> Scheme:
+    scheme = rounder.scheme_for(matrix.name)
+    if scheme.divides(matrix.columns):
+        return scheme
+    if rounder.fallback == "channel":
+        return Scheme(scheme.bits, None, scheme.symmetric, scheme.range)
+    raise PlanError(
+        f"{matrix.name} has {matrix.columns} input columns, which groups of {scheme.group_size} do not divide",
+        "give it one scale a row with --fallback channel, another --group-size, or --ignore it",
+    )
+
+
+def _unheld(found: Found, rounder: Rounder, weight_format: WeightFormat) -> dict[str, str]:
+    kept: dict[str, str] = {}
+    for weight in found.unheld:
+        module = weight.parameter.rpartition(".")[0]
+        if matches_any(rounder.ignore, weight.parameter) or matches_any(rounder.ignore, module):
+            kept[weight.parameter] = "ignored"
+        elif weight.share > SMALL_SHARE:
+            raise PlanError(
+                f"{weight.parameter} ({weight.kind}) {weight.reason}: {weight_format.name} cannot hold it",
+                f"leave it in floats with --ignore '*.{module.rpartition('.')[2]}', or use another format",
+            )
+        else:
+            kept[weight.parameter] = weight.reason
+    return kept
+
+
+def _beyond(
+    rounder: Rounder, model: Any, blocks: Iterable[Block], checkpoint: Checkpoint
+) -> dict[Matrix, Scheme]:
+    """The linear layers and embeddings outside the blocks that were asked for."""
+    prefixes = tuple(f"{block.name}." for block in blocks)
+    beyond: dict[Matrix, Scheme] = {}
+    for name, module in model.named_modules():
+        holds = isinstance(module, nn.Linear | nn.Embedding)
+        if not holds or name.startswith(prefixes) or not matches_any(rounder.include, name):
+            continue
+        matrix = outside(model, module, name, checkpoint)
+        if not _ignored(rounder, matrix):
+            beyond[matrix] = _scheme(rounder, matrix)
+    names = {matrix.module for matrix in beyond}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and getattr(head, "weight", None) is embedding.weight:
+        tied = {name for name, module in model.named_modules() if module is embedding or module is head}
+        if names & tied and not tied <= names and not any(module is head for module in _of(model, names & tied)):
+            missing = ", ".join(sorted(tied - names))
+            raise PlanError(
+                f"{', '.join(sorted(names & tied))} shares its weight with {missing}",
+                f"round both: --include '{missing}'",
+            )
+    return beyond
+
+
+def _of(model: Any, names: Iterable[str]) -> list[nn.Module]:
+    return [model.get_submodule(name) for name in names]
+
+
+def _check_patterns(rounder: Rounder, model: Any, selection: Selection) -> None:
+    modules = {name for name, _ in model.named_modules() if name}
+    known = modules | {matrix.name for matrix in selection.schemes} | set(selection.kept)
+    flags = (
+        [("--ignore", pattern) for pattern in rounder.ignore]
+        + [("--include", pattern) for pattern in rounder.include]
+        + [("--override", override.match) for override in rounder.overrides]
+    )
+    for flag, pattern in flags:
+        if not any(matches(pattern, name) for name in known):
+            raise UsageError(f"{flag} '{pattern}' matches no module of the model", did_you_mean(pattern, modules))
+
+
+def _check_experts(selection: Selection) -> None:
+    schemes = {scheme for matrix, scheme in selection.schemes.items() if matrix.expert is not None}
+    if len(schemes) > 1:
+        raise PlanError(
+            f"experts have {len(schemes)} different schemes: {', '.join(sorted(map(str, schemes)))}",
+            "transformers reads all experts with one scheme; let no override split them",
+        )

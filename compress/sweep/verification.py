@@ -1,0 +1,232 @@
+"""Holding a finished artifact against what was meant, loaded the way its users load it.
+
+The model is loaded block by block through transformers' own loader and, where it is compressed, its own
+quantizer: no key may be missing or unexpected, every changed weight must come out with exactly the values
+that the pass meant, every other tensor must still be the source's.
+"""
+
+import contextlib
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import AutoHfQuantizer
+
+from compress.core.artifact import Artifact, Lineage
+from compress.core.errors import CompressError, VerificationError
+from compress.core.passes import Meant
+from compress.core.run import Run
+from compress.models.blocks import find_blocks
+from compress.models.checkpoint import Checkpoint
+from compress.models.load import loaded_dtype, quiet, skeleton
+from compress.numerics.fingerprint import fingerprint
+
+_HINT = "the artifact is damaged or was written wrongly: make it again, and report it if that does not help"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a verification held true.
+
+    Attributes:
+        changed: weights that the passes changed, all as meant.
+        unchanged: weights that are still the source's.
+        calibrated: layers that calibration data reached.
+    """
+
+    changed: int
+    unchanged: int
+    calibrated: int
+
+
+def verify_weights(artifact: Artifact, lineage: Lineage, run: Run, source: Artifact | None = None) -> Verified:
+    """Load an artifact block by block and compare every weight.
+
+    Args:
+        lineage: what was meant.
+        source: the artifact before the last pass, where it is at hand: unchanged tensors are compared
+            with it too, and mistakes are measured against it.
+
+    Raises:
+        VerificationError: naming the first weight that is not what was meant.
+    """
+    last = lineage.steps[-1]
+    layers = last.decisions.get("layers", {})
+    starved = [name for name, row in layers.items() if row.get("tokens") == 0 and _calibrated(last.use)]
+    if starved:
+        raise VerificationError(f"{starved[0]} was never calibrated", _HINT)
+    try:
+        model, quantizer = _prepared(artifact, run)
+        with Checkpoint(artifact, model, quantizer) as checkpoint:
+            with contextlib.ExitStack() as stack:
+                original = None
+                if source is not None:
+                    bare = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
+                    original = stack.enter_context(Checkpoint(source, bare))
+                return _Verification(model, checkpoint, lineage, run, original).run()
+    except VerificationError:
+        raise
+    except CompressError as error:
+        raise VerificationError(f"stock transformers does not load it: {error.message}", _HINT) from error
+
+
+def _calibrated(use: str) -> bool:
+    from compress.core.passes import find
+
+    return find(use).calibrated
+
+
+def _prepared(artifact: Artifact, run: Run) -> tuple[Any, Any]:
+    """The skeleton as transformers prepares it before it loads weights, and its quantizer."""
+    model = skeleton(
+        artifact, task=run.task, dtype=loaded_dtype(artifact), trust_remote_code=run.trust_remote_code
+    )
+    config = artifact.config.get("quantization_config")
+    if config is None:
+        return model, None
+    quantizer = AutoHfQuantizer.from_config(dict(config), pre_quantized=True)
+    quantizer.validate_environment(device_map=None, weights_only=True)
+    # The library draws a bar for the layout of the modules, which is done in a moment.
+    with quiet(), contextlib.redirect_stderr(io.StringIO()), torch.device("meta"):
+        quantizer.preprocess_model(model=model, dtype=loaded_dtype(artifact))
+    return model, quantizer
+
+
+@dataclass
+class _Verification:
+    model: Any
+    checkpoint: Checkpoint
+    lineage: Lineage
+    run_: Run
+    original: Checkpoint | None
+
+    def run(self) -> Verified:
+        self._check_names()
+        blocks = find_blocks(self.model)
+        seen: set[str] = set()
+        parts = [block.name for block in blocks]
+        with self.run_.reporter.progress("verifying", len(parts) + 1, "block") as advance:
+            for part in parts:
+                self.run_.reporter.event("verify.block", block=part)
+                self.checkpoint.load_module(part, torch.device("cpu"))
+                seen |= self._compare(part, self.checkpoint.names_of(part))
+                self.checkpoint.release(part)
+                advance(1)
+            self.run_.reporter.event("verify.block", block="outside")
+            seen |= self._outside(parts)
+            advance(1)
+        lost = sorted(set(self.lineage.tensors) - seen)
+        if lost:
+            raise VerificationError(f"{lost[0]} should be in the artifact, and no loaded weight has its name", _HINT)
+        changed = sum(meant.changed for meant in self.lineage.tensors.values())
+        layers = self.lineage.steps[-1].decisions.get("layers", {})
+        calibrated = sum(int(row.get("tokens", 0)) > 0 for row in layers.values())
+        return Verified(changed, len(self.lineage.tensors) - changed, calibrated)
+
+    def _check_names(self) -> None:
+        unknown = [
+            name for name, target in self.checkpoint.target.items() if target not in self._known()
+        ]
+        if unknown:
+            raise VerificationError(f"{unknown[0]} is on disk, and the loaded model has no place for it", _HINT)
+
+    def _known(self) -> set[str]:
+        if not hasattr(self, "_names"):
+            self._names = set(self.model.state_dict())
+        return self._names
+
+    def _outside(self, parts: list[str]) -> set[str]:
+        """Everything beyond the blocks, module by module: an embedding may be the largest weight of all."""
+        inside = tuple(f"{part}." for part in parts)
+        names = [name for name in self.checkpoint.names if not self.checkpoint.target[name].startswith(inside)]
+        modules: dict[str, list[str]] = {}
+        for name in names:
+            modules.setdefault(self.checkpoint.target[name].rpartition(".")[0], []).append(name)
+        seen: set[str] = set()
+        for module, entries in sorted(modules.items()):
+            self.checkpoint.load(entries, torch.device("cpu"))
+            seen |= self._compare(module, entries)
+        self.model.tie_weights()
+        for name, parameter in self.model.named_parameters():
+            if parameter.device.type == "meta" and not name.startswith(inside):
+                raise VerificationError(f"{name} is in no file of the artifact", _HINT)
+        return seen
+
+    def _compare(self, part: str, names: list[str]) -> set[str]:
+        """Hold the loaded weights of one part against what was meant; the float names that were compared."""
+        seen: set[str] = set()
+        for name in names:
+            meant = self.lineage.tensors.get(name)
+            if meant is None or meant.changed:
+                continue
+            seen.add(name)
+            raw = fingerprint(self.checkpoint.tensor(name))
+            if raw != meant.digest:
+                raise VerificationError(f"{name} should be untouched, and its values changed", _HINT)
+            if self.original is not None and raw != fingerprint(self.original.tensor(name)):
+                raise VerificationError(f"{name} should be untouched, and differs from the source", _HINT)
+        values = self._changed_values(part, [name for name in names if name not in seen])
+        for name, value in values.items():
+            meant = self.lineage.tensors.get(name)
+            if meant is None:
+                raise VerificationError(f"{name} was loaded, and no pass meant to write it", _HINT)
+            seen.add(name)
+            if fingerprint(value) != meant.digest:
+                raise VerificationError(self._difference(name, value, meant), _HINT)
+        return seen
+
+    def _changed_values(self, part: str, names: list[str]) -> dict[str, torch.Tensor]:
+        """Dequantized weights of one part by float name on disk, as the loader computes them."""
+        targets = {self.checkpoint.target[name] for name in names}
+        owners = {target.rpartition(".")[0] for target in targets}
+        values: dict[str, torch.Tensor] = {}
+        for owner in sorted(owners):
+            module = self.model.get_submodule(owner)
+            if getattr(module, "quantization_scheme", None) is not None:
+                values[self._float_name(owner, names)] = _decompressed(module)
+            else:
+                loaded = {
+                    target: self.model.get_parameter(target).detach()
+                    for target in targets
+                    if target.rpartition(".")[0] == owner
+                }
+                values |= self._split(loaded, names)
+        return values
+
+    def _float_name(self, owner: str, names: list[str]) -> str:
+        """The float name on disk of a packed module: that of its packed tensor, with the suffix replaced."""
+        for name in names:
+            if self.checkpoint.target[name] == f"{owner}.weight_packed":
+                return name.removesuffix("_packed")
+        raise VerificationError(f"{owner} is declared quantized, and has no packed weight", _HINT)
+
+    def _split(self, loaded: dict[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
+        """Loaded parameters that are no packed modules: experts, or layers that were left in floats."""
+        values: dict[str, torch.Tensor] = {}
+        for target, value in loaded.items():
+            direct = [name for name in names if self.checkpoint.target[name] == target]
+            if len(direct) == 1:
+                values[direct[0].removesuffix("_packed")] = value
+            else:
+                values |= self.checkpoint.to_disk({target: value})
+        return values
+
+    def _difference(self, name: str, value: torch.Tensor, meant: Meant) -> str:
+        message = f"{name} loads with other values than were meant"
+        if self.original is None or name not in self.original.names:
+            return message
+        before = self.original.tensor(name).float()
+        if before.shape != value.shape:
+            return f"{message}: shape {tuple(value.shape)}, the source has {tuple(before.shape)}"
+        distance = float(torch.linalg.norm(before - value.float()) / torch.linalg.norm(before).clamp_min(1e-30))
+        return f"{message}: relative distance to the source {distance:.4g}, meant {meant.error:.4g}"
+
+
+def _decompressed(module: nn.Module) -> torch.Tensor:
+    from compressed_tensors.compressors import decompress_module
+
+    with quiet(), torch.no_grad():
+        decompress_module(module)
+    return module.weight.detach()  # type: ignore[union-attr, operator, return-value]
