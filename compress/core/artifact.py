@@ -92,9 +92,7 @@ class Lineage:
                 tensors={name: Meant(**meant) for name, meant in document["tensors"].items()},
             )
         except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise ModelError(
-                f"{path} is not a lineage file: {error}", "make the artifact again"
-            ) from error
+            raise ModelError(f"{path} is not a lineage file: {error}", "make the artifact again") from error
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ asymmetric schemes ``weight_zero_point`` packed along the rows. Packing is the l
 https://github.com/vllm-project/compressed-tensors
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, final
@@ -40,7 +41,26 @@ class CompressedTensors(WeightFormat):
             return "transformers reads packed experts without zero points; use a symmetric scheme"
         return None
 
-    def encode(self, weight: str, parts: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
+    def refusal_together(self, held: Sequence[Held]) -> str | None:
+        """What stock transformers cannot tell apart.
+
+        It unpacks all experts with one scheme. Asymmetric layers and embeddings it can only load by
+        dequantizing them, and then it unpacks every layer with one scheme.
+        """
+        experts = {entry.scheme for entry in held if entry.expert}
+        if len(experts) > 1:
+            return f"transformers reads all experts with one scheme, and they have {_listed(experts)}"
+        schemes = {entry.scheme for entry in held}
+        if len(schemes) > 1 and _dense_only(held):
+            return (
+                "transformers reads a model with asymmetric layers or embeddings with one scheme, and it has "
+                + _listed(schemes)
+            )
+        return None
+
+    def encode(
+        self, weight: str, parts: Mapping[str, torch.Tensor], scheme: Scheme
+    ) -> dict[str, torch.Tensor]:
         """``weight_packed``, ``weight_scale``, ``weight_shape`` and, if asymmetric, ``weight_zero_point``."""
         if not weight.endswith(_SUFFIX):
             raise ModelError(f"'{weight}' does not end in '{_SUFFIX}', so the format has no name for it")
@@ -66,7 +86,7 @@ class CompressedTensors(WeightFormat):
     def configuration(
         self, held: Sequence[Held], kept: Sequence[str], config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """``quantization_config`` with one group a scheme; the most frequent one targets all linear layers."""
+        """``quantization_config`` with one group a scheme; the first targets all linear layers."""
         frequent = [scheme for scheme, _ in Counter(entry.scheme for entry in held).most_common()]
         # transformers takes the first group without a regular expression for fused experts.
         experts = [entry.scheme for entry in held if entry.expert]
@@ -74,9 +94,12 @@ class CompressedTensors(WeightFormat):
             frequent.sort(key=lambda scheme: scheme != experts[0])
         groups = {}
         for index, scheme in enumerate(frequent):
-            named = sorted(e.module for e in held if e.scheme == scheme and (index > 0 or e.kind != "Linear"))
-            named = [module for module in named if module not in {e.module for e in held if e.expert}]
-            targets = ["Linear", *named] if index == 0 else named
+            here = [entry for entry in held if entry.scheme == scheme and not entry.expert]
+            # A name is matched before a class, so the other groups take their layers from the first.
+            named = sorted(entry.module for entry in here if index > 0 or entry.kind != "Linear")
+            targets = ["Linear"] if index == 0 else []
+            if named:
+                targets.append(f"re:^({'|'.join(re.escape(name) for name in named)})$")
             groups[f"group_{index}"] = {"targets": targets, "weights": _weights(scheme)}
         quantization = {
             "quant_method": "compressed-tensors",
@@ -85,7 +108,23 @@ class CompressedTensors(WeightFormat):
             "config_groups": groups,
             "ignore": sorted(kept),
         }
+        if _dense_only(held):
+            quantization["dequantize"] = True
         return {**config, "quantization_config": quantization}
+
+
+def _dense_only(held: Sequence[Held]) -> bool:
+    """Whether transformers has to dequantize while it loads.
+
+    Left packed, it expects zero points unpacked and refuses the file, and it cannot initialise an
+    embedding without a weight; dequantized while loading, both are read as they lie. Other readers pass
+    the key over.
+    """
+    return any(not entry.scheme.symmetric or entry.kind == "Embedding" for entry in held)
+
+
+def _listed(schemes: set[Scheme]) -> str:
+    return " and ".join(sorted(str(scheme) for scheme in schemes))
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:

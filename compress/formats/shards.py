@@ -73,7 +73,9 @@ def write_shard(
             value = tensor(name).detach().to("cpu").contiguous()
             dtype, shape = layout[name]
             if value.dtype != dtype or tuple(value.shape) != tuple(shape):
-                raise ValueError(f"{name}: {value.dtype} {tuple(value.shape)} is not the layout's {dtype} {shape}")
+                raise ValueError(
+                    f"{name}: {value.dtype} {tuple(value.shape)} is not the layout's {dtype} {shape}"
+                )
             stream.write(value.reshape(-1).view(torch.uint8).numpy().data)
         stream.flush()
         os.fsync(stream.fileno())

@@ -41,7 +41,13 @@ class WeightFormat(ABC):
         """Why this matrix cannot be held, or ``None``."""
 
     @abstractmethod
-    def encode(self, weight: str, parts: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
+    def refusal_together(self, held: Sequence[Held]) -> str | None:
+        """Why these matrices cannot be held in one model, or ``None``."""
+
+    @abstractmethod
+    def encode(
+        self, weight: str, parts: Mapping[str, torch.Tensor], scheme: Scheme
+    ) -> dict[str, torch.Tensor]:
         """Tensors on disk for one matrix.
 
         Args:

@@ -33,7 +33,7 @@ class Activations:
                     if isinstance(extra, torch.Tensor):
                         tensors[f"{index}.extras.{position}.{place}"] = extra
         layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        write_shard(file, layout, tensors.__getitem__, lambda name: None)
+        write_shard(file, layout, tensors.__getitem__, lambda _: None)
 
     def restore(self, file: Path) -> None:
         """Take up the recordings of a file; what a block returned beside tensors was ``None``."""

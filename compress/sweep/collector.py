@@ -84,7 +84,9 @@ class Collector:
         return stages
 
     @contextmanager
-    def gather(self, stage: Sequence[Shared], new: Callable[[int], Statistic | None]) -> Iterator[Callable[[], None]]:
+    def gather(
+        self, stage: Sequence[Shared], new: Callable[[int], Statistic | None]
+    ) -> Iterator[Callable[[], None]]:
         """Feed the statistics of one stage while forward passes run; yields what begins a pass.
 
         A pass is ended with `Enough` as soon as every plain matrix of the stage has seen its input.
@@ -151,7 +153,9 @@ def _hook(matrix: Matrix, then: Callable[[Matrix, torch.Tensor], None]) -> Calla
 class _ExpertWatch(TorchFunctionMode):
     """Calls back when a linear product uses a slice of a fused expert parameter."""
 
-    def __init__(self, model: Any, experts: Sequence[Matrix], then: Callable[[Matrix, torch.Tensor], None]) -> None:
+    def __init__(
+        self, model: Any, experts: Sequence[Matrix], then: Callable[[Matrix, torch.Tensor], None]
+    ) -> None:
         super().__init__()
         self._then = then
         self._of: dict[tuple[int, int], Matrix] = {}

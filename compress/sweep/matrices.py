@@ -99,7 +99,7 @@ def find_matrices(model: Any, part: str, checkpoint: Checkpoint) -> Found:
     return Found(tuple(matrices), tuple(unheld))
 
 
-def outside(model: Any, module: nn.Module, name: str, checkpoint: Checkpoint) -> Matrix:
+def outside(module: nn.Module, name: str, checkpoint: Checkpoint) -> Matrix:
     """A linear layer or an embedding outside the blocks, which a user asked for."""
     weight = f"{name}.weight"
     rows, columns = module.weight.shape
@@ -107,7 +107,9 @@ def outside(model: Any, module: nn.Module, name: str, checkpoint: Checkpoint) ->
     return Matrix(name, weight, None, type(module).__name__, rows, columns, files)
 
 
-def _reason(module: nn.Module, parameter: torch.Tensor, files: tuple[str, ...], checkpoint: Checkpoint) -> str:
+def _reason(
+    module: nn.Module, parameter: torch.Tensor, files: tuple[str, ...], checkpoint: Checkpoint
+) -> str:
     """Why a weight cannot be compressed as matrices; empty where it can."""
     if isinstance(module, nn.Linear) and parameter.dim() == 2:
         if parameter.shape[0] == 1:

@@ -1,337 +1,137 @@
-"""The streaming sweep of rounders: one block in memory at a time, whatever the depth of the model.
+"""Rounders on the streaming sweep: what is selected, how it is rounded, and how it is written."""
 
-For each block: bring it from disk, let the calibration batches run through it while statistics gather,
-round its matrices stage by stage (a stage is what shares an input), run the batches again so that the
-next block sees the compressed one, write its shard, free it. Every finished block is a point to resume
-from.
-"""
-
-import csv
-import json
-import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 
-from compress.core.artifact import LAYERS_FILE, Artifact
-from compress.core.errors import CalibrationError, PlanError
+from compress.core.artifact import Artifact
+from compress.core.errors import PlanError
 from compress.core.passes import Needs, Outcome
 from compress.core.run import Run
 from compress.core.scheme import Scheme
-from compress.data.calibration import draw
 from compress.formats.compressed_tensors import CompressedTensors
-from compress.formats.shards import shard_name, write_index
-from compress.models.blocks import Block, Reentry
+from compress.formats.weight_format import WeightFormat
 from compress.models.checkpoint import Checkpoint
-from compress.models.load import loaded_dtype, skeleton, tokenizer
+from compress.models.load import loaded_dtype, skeleton
 from compress.numerics.affine import Quantized
-from compress.sweep.activations import Activations
-from compress.sweep.collector import Collector, Enough, Shared
-from compress.sweep.matrices import Matrix
+from compress.numerics.statistic import Statistic
 from compress.sweep.prediction import predict
-from compress.sweep.rounder import Rounder, recorded
+from compress.sweep.rounder import Rounder
 from compress.sweep.selection import Selection, select
-from compress.sweep.unit import UnitRecord, encode, write_unit
-
-OUTSIDE = "outside"
+from compress.sweep.sweep import Sweep
+from compress.sweep.treatment import Replacement, Treated, Treatment
+from compress.sweep.verification import prepared
 
 
 def check(rounder: Rounder, source: Artifact, run: Run) -> Needs:
-    """Select what would be rounded, refuse what cannot be, and predict the work."""
+    """Select what would be rounded, refuse what cannot be, and predict the work.
+
+    Raises:
+        PlanError: a layer cannot be held, or calibration text is missing.
+        UsageError: a pattern matches nothing.
+    """
     if rounder.calibrated and run.calibration is None:
         raise PlanError("the method needs calibration text", "give --calibration TEXT or data.calibration")
     model = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
     with Checkpoint(source, model) as checkpoint:
         selection = select(rounder, model, checkpoint, CompressedTensors())
+        _configuration(selection, source, run)
         return predict(rounder, selection, model, checkpoint, CompressedTensors(), run)
 
 
 def quantize(rounder: Rounder, source: Artifact, target: Path, run: Run) -> Outcome:
-    """Round the selected matrices of a model, block by block, from disk to disk."""
+    """Round the selected matrices of a model, block by block, from disk to disk.
+
+    Blocks are computed in float32 on a CPU, where it is as fast as anything and the most exact, and in
+    the model's own precision on a GPU.
+    """
     device = torch.device(run.device)
     storage = loaded_dtype(source)
-    compute = torch.float32 if run.device == "cpu" or storage == torch.float64 else storage
+    compute = storage if device.type == "cuda" else torch.float32
     model = skeleton(source, task=run.task, dtype=compute, trust_remote_code=run.trust_remote_code)
     for name, buffer in list(model.named_buffers()):
         module, _, leaf = name.rpartition(".")
         model.get_submodule(module)._buffers[leaf] = buffer.to(device)
     with Checkpoint(source, model) as checkpoint:
         selection = select(rounder, model, checkpoint, CompressedTensors())
-        work = _Sweep(rounder, source, target, run, model, checkpoint, selection, device, storage)
-        return work.run_all()
+        config = _configuration(selection, source, run)
+        treatment = _Rounding(rounder, storage, config, CompressedTensors())
+        outcome = Sweep(treatment, source, target, run, model, checkpoint, selection.schemes, device).apply()
+    decisions = {"format": CompressedTensors.name, "kept": dict(sorted(selection.kept.items()))}
+    return replace(outcome, decisions={**decisions, **outcome.decisions})
 
 
-@dataclass
-class _Rounding:
-    """The matrices of one unit while it is being rounded."""
+@final
+@dataclass(frozen=True)
+class _Integers(Replacement):
+    """Quantized rows."""
 
-    results: dict[Matrix, Quantized] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    layers: list[dict[str, Any]] = field(default_factory=list)
+    quantized: Quantized
+
+    def rows(self, start: int, stop: int) -> "_Integers":
+        return _Integers(self.quantized.rows(start, stop))
+
+    def value(self) -> torch.Tensor:
+        return self.quantized.dequantize()
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        parts = {"q": self.quantized.q, "scale": self.quantized.scale}
+        return parts if self.quantized.zero is None else {**parts, "zero": self.quantized.zero}
 
 
-@dataclass
-class _Sweep:
+@final
+@dataclass(frozen=True)
+class _Rounding(Treatment):
+    """A rounder as a treatment; labels are schemes."""
+
     rounder: Rounder
-    source: Artifact
-    target: Path
-    run: Run
-    model: Any
-    checkpoint: Checkpoint
-    selection: Selection
-    device: torch.device
     storage: torch.dtype
+    config: Mapping[str, Any]
+    weight_format: WeightFormat
 
-    def run_all(self) -> Outcome:
-        blocks = self.selection.blocks
-        records: list[UnitRecord] = []
-        self.run.scratch.mkdir(parents=True, exist_ok=True)
-        activations = self._calibration()
-        title = f"{len(self.selection.schemes)} matrices in {len(blocks)} blocks"
-        with self._runner(), self.run.reporter.progress(title, len(blocks) + 1, "block") as advance:
-            self._load_outside()
-            for block in blocks:
-                records.append(self._finished(block.name, block.position) or self._block(block, activations))
-                self.checkpoint.release(block.name)
-                advance(1)
-            records.append(self._finished(OUTSIDE, len(blocks)) or self._outside(activations))
-            advance(1)
-        return self._complete(records)
+    @property
+    def calibrated(self) -> bool:
+        return self.rounder.calibrated
 
-    # -- one block ---------------------------------------------------------------------------------
+    def statistic(self, columns: int, device: torch.device) -> Statistic | None:
+        return self.rounder.statistic(columns, device)
 
-    def _block(self, block: Block, activations: Activations | None) -> UnitRecord:
-        event = self.run.reporter.event
-        event("block.start", block=block.name, position=block.position)
-        self._restore(block.position, activations)
-        self.checkpoint.load_module(block.name, self.device)
-        matrices = self.selection.inside[block.position]
-        rounding = _Rounding()
-        if activations is None:
-            self._round([Shared([matrix]) for matrix in matrices], matrices, rounding)
-        else:
-            collector = Collector(self.model, list(matrices))
-            first = lambda: self._reentry.run(  # noqa: E731 - one expression, used once
-                block.position, activations.batches[0], activations.recordings[0]
-            )
-            for stage in collector.discover(first) if matrices else []:
-                event("block.calibrate", block=block.name, position=block.position)
-                with collector.gather(stage, self._statistic) as begin:
-                    self._pass(block.position, activations, begin)
-                self._round(stage, matrices, rounding)
-            event("block.advance", block=block.name, position=block.position)
-            for batch, recording in zip(activations.batches, activations.recordings, strict=True):
-                self._reentry.advance(block.position, batch, recording)
-        return self._finish(block.position, self.checkpoint.names_of(block.name), rounding, activations)
+    def treat(self, weight: torch.Tensor, statistic: Statistic | None, label: Hashable) -> Treated:
+        rounded = self.rounder.round(weight, statistic, _scheme(label), self.storage)
+        return Treated(_Integers(rounded.quantized), rounded.notes)
 
-    def _outside(self, activations: Activations | None) -> UnitRecord:
-        """Everything outside the blocks: copied, but for the matrices that were asked for."""
-        position = len(self.selection.blocks)
-        self.run.reporter.event("block.start", block=OUTSIDE, position=position)
-        matrices = self.selection.beyond
-        rounding = _Rounding()
-        if matrices:
-            self._restore(position, activations)
-            self._load_head()
-            self._free_tied(matrices)
-            seen = [matrix for matrix in matrices if matrix.kind != "Embedding"]
-            if activations is not None and seen:
-                collector = Collector(self.model, seen)
-                stage = [Shared([matrix]) for matrix in seen]
-                with collector.gather(stage, self._statistic) as begin:
-                    self._pass(position, activations, begin)
-                self._round(stage, matrices, rounding)
-            else:
-                self._round([Shared([matrix]) for matrix in seen], matrices, rounding)
-            # A row of an embedding is looked up, not multiplied: there is no input to calibrate on.
-            lookups = [Shared([matrix]) for matrix in matrices if matrix.kind == "Embedding"]
-            self._round(lookups, matrices, rounding)
-        names = [name for name in self.checkpoint.names if self._is_outside(name)]
-        return self._finish(position, names, rounding, None)
+    def rebuilt(self, parts: Mapping[str, torch.Tensor], label: Hashable) -> Replacement:
+        return _Integers(Quantized(parts["q"], parts["scale"], parts.get("zero"), _scheme(label)))
 
-    def _pass(self, position: int, activations: Activations, begin: Any) -> None:
-        for batch, recording in zip(activations.batches, activations.recordings, strict=True):
-            begin()
-            try:
-                self._reentry.run(position, batch, recording)
-            except Enough:
-                continue
+    def encode(
+        self, weight: str, parts: Mapping[str, torch.Tensor], label: Hashable
+    ) -> dict[str, torch.Tensor]:
+        return self.weight_format.encode(weight, parts, _scheme(label))
 
-    def _statistic(self, columns: int) -> Any:
-        return self.rounder.statistic(columns, self.device)
-
-    def _round(self, stage: Sequence[Shared], schemes: Mapping[Matrix, Scheme], rounding: _Rounding) -> None:
-        for shared in stage:
-            for scheme in dict.fromkeys(schemes[matrix] for matrix in shared.matrices):
-                alike = [matrix for matrix in shared.matrices if schemes[matrix] == scheme]
-                self._round_together(alike, shared, scheme, rounding)
-            shared.statistic = None
-
-    def _round_together(
-        self, matrices: list[Matrix], shared: Shared, scheme: Scheme, rounding: _Rounding
-    ) -> None:
-        """Round matrices that share an input and a scheme in one call, and put them into the model."""
-        for matrix in matrices:
-            self.run.reporter.event("layer.solve", layer=matrix.name)
-        statistic = shared.statistic
-        tokens = statistic.tokens if statistic is not None else 0
-        if statistic is not None and tokens == 0:
-            raise CalibrationError(
-                f"no calibration data reached {matrices[0].name}",
-                "give more --samples or more varied text, or leave it in floats with --ignore",
-            )
-        started = time.perf_counter()
-        with torch.no_grad():
-            views = [matrix.of(self.model.get_parameter(matrix.parameter)) for matrix in matrices]
-            stacked = torch.cat([view.float() for view in views])
-            rounded = self.rounder.round(stacked, statistic, scheme, self.storage)
-            del stacked
-            seconds = (time.perf_counter() - started) / len(matrices)
-            start = 0
-            for matrix, view in zip(matrices, views, strict=True):
-                part = rounded.quantized.rows(start, start + matrix.rows)
-                start += matrix.rows
-                value = part.dequantize().to(view.dtype)
-                error = float(torch.linalg.norm(view - value) / torch.linalg.norm(view).clamp_min(1e-30))
-                view.copy_(value)
-                rounding.results[matrix] = part
-                rounding.errors[matrix.name] = error
-                row = {"layer": matrix.name, "rows": matrix.rows, "columns": matrix.columns}
-                row |= {"scheme": str(scheme), "tokens": tokens, "error": f"{error:.6g}"}
-                rounding.layers.append(row | recorded(rounded.notes) | {"seconds": f"{seconds:.4f}"})
-
-    # -- the edges ---------------------------------------------------------------------------------
-
-    @contextmanager
-    def _runner(self) -> Iterator[None]:
-        with Reentry(self.model, list(self.selection.blocks), self.device) as self._reentry:
-            yield
-
-    def _calibration(self) -> Activations | None:
-        if not self.rounder.calibrated or self.run.calibration is None:
-            return None
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        words = tokenizer(self.source, trust_remote_code=self.run.trust_remote_code)
-        drawn = draw(self.run.calibration, words, self.run.seed, vocabulary)
-        return Activations(drawn.tokens, self.run.calibration.batch_size)
-
-    def _is_outside(self, name: str) -> bool:
-        target = self.checkpoint.target[name]
-        return not any(target.startswith(f"{block.name}.") for block in self.selection.blocks)
-
-    def _head(self) -> str | None:
-        """The module that turns hidden states into logits; a sweep stops before it, so it stays on disk."""
-        head = self.model.get_output_embeddings()
-        if head is None or head.weight is self.model.get_input_embeddings().weight:
-            return None
-        return next(name for name, module in self.model.named_modules() if module is head)
-
-    def _load_outside(self) -> None:
-        if not (self.rounder.calibrated or self.selection.beyond):
-            return
-        head = self._head()
-        waiting = [] if head is None else self.checkpoint.names_of(head)
-        names = [name for name in self.checkpoint.names if self._is_outside(name) and name not in waiting]
-        self.checkpoint.load(names, self.device)
-        self.model.tie_weights()
-
-    def _load_head(self) -> None:
-        head = self._head()
-        if head is not None:
-            self.checkpoint.load_module(head, self.device)
-
-    def _free_tied(self, matrices: Mapping[Matrix, Scheme]) -> None:
-        """Give a head that shares the embedding's weight a copy of its own before either is rounded."""
-        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        if head is not None and head.weight is embedding.weight and self._unties(matrices):
-            head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
-
-    def _unties(self, matrices: Mapping[Matrix, Scheme]) -> bool:
-        head = self.model.get_output_embeddings()
-        return any(self.model.get_submodule(matrix.module) is head for matrix in matrices)
-
-    # -- records and resume ------------------------------------------------------------------------
-
-    def _record_file(self, position: int) -> Path:
-        return self.run.scratch / f"unit-{position:05d}.json"
-
-    def _activation_file(self, position: int) -> Path:
-        return self.run.scratch / f"activations-{position:05d}.safetensors"
-
-    def _finished(self, name: str, position: int) -> UnitRecord | None:
-        record = UnitRecord.read(self._record_file(position))
-        if record is not None and (self.target / record.file).is_file():
-            self.run.reporter.event("block.resume", block=name, position=position)
-            return record
-        return None
-
-    def _restore(self, position: int, activations: Activations | None) -> None:
-        """Take up the recordings of the block before, when they are not in memory already."""
-        if activations is None or position == 0 or activations.recordings[0].hidden:
-            return
-        activations.restore(self._activation_file(position - 1))
-
-    def _finish(
-        self, position: int, names: list[str], rounding: _Rounding, activations: Activations | None
-    ) -> UnitRecord:
-        encoded = encode(rounding.results, rounding.errors, self.checkpoint, CompressedTensors())
-        file = shard_name(position, len(self.selection.blocks) + 1)
-        record = write_unit(
-            self.target, file, names, encoded, rounding.layers, self.checkpoint, self.run
-        )
-        if activations is not None:
-            activations.save(self._activation_file(position))
-        record.write(self._record_file(position))
-        self._activation_file(position - 1).unlink(missing_ok=True)
-        self.run.reporter.event("block.finish", position=position)
-        return record
-
-    def _complete(self, records: list[UnitRecord]) -> Outcome:
-        tensors = {name: meant for record in records for name, meant in record.tensors.items()}
-        config = CompressedTensors().configuration(
-            self.selection.held(), self.selection.floats(), self.source.config
-        )
-        if self._unties(self.selection.beyond):
-            config["tie_word_embeddings"] = False
-        (self.target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_index(
-            self.target, {record.file: record.names for record in records}, sum(r.bytes for r in records)
-        )
-        layers = [row for record in records for row in record.layers]
-        _write_layers(self.target / LAYERS_FILE, layers)
-        for file in self.source.companions:
-            copy = self.target / file.relative_to(self.source.path)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
-        rounded = [row["layer"] for row in layers]
-        planned = [matrix.name for matrix in self.selection.schemes]
-        if sorted(rounded) != sorted(planned):
-            lost = sorted(set(planned) ^ set(rounded))
-            raise CalibrationError(
-                f"{len(planned)} matrices were planned and {len(rounded)} rounded, first: {lost[0]}"
-            )
-        decisions = {
-            "format": CompressedTensors.name,
-            "matrices": len(layers),
-            "changed": sum(meant.changed for meant in tensors.values()),
-            "kept": dict(sorted(self.selection.kept.items())),
-            "layers": {
-                row["layer"]: {key: value for key, value in row.items() if key not in ("layer", "seconds")}
-                for row in layers
-            },
-        }
-        return Outcome(decisions, tensors)
+    def configuration(self) -> dict[str, Any]:
+        return dict(self.config)
 
 
-def _write_layers(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The table of layers: one row a matrix, with its error, the tokens it saw and what the method noted."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def _configuration(selection: Selection, source: Artifact, run: Run) -> dict[str, Any]:
+    """The configuration to write, after a rehearsal of loading it.
+
+    Where transformers cannot prepare a model with packed layers, it may still load it dequantized.
+    """
+    config = CompressedTensors().configuration(selection.held(), selection.floats(), source.config)
+    try:
+        prepared(source, config["quantization_config"], run)
+    except PlanError:
+        if config["quantization_config"].get("dequantize") or len(set(selection.schemes.values())) > 1:
+            raise
+        config["quantization_config"]["dequantize"] = True
+        prepared(source, config["quantization_config"], run)
+    return config
+
+
+def _scheme(label: Hashable) -> Scheme:
+    if not isinstance(label, Scheme):
+        raise TypeError(f"a rounder's label is a Scheme, got {type(label).__name__}")
+    return label

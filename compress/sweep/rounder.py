@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -62,10 +62,12 @@ class Rounder(Pass):
     group_size: GroupSize = Field(
         default=128, description="input columns that share a scale, or `channel` for one scale a row"
     )
-    symmetric: bool = Field(default=True, description="zero is the integer 0; otherwise groups have zero points")
+    symmetric: bool = Field(
+        default=True, description="zero is the integer 0; otherwise groups have zero points"
+    )
     fallback: Literal["refuse", "channel"] = Field(
         default="refuse",
-        description="a layer whose width the group does not divide: refuse the plan, or give it one scale a row",
+        description="a layer whose width the group does not divide: refuse the plan, or one scale a row",
     )
     ignore: tuple[str, ...] = Field(
         default=(), description="modules to leave in floats: globs or `re:` regular expressions"
@@ -139,8 +141,3 @@ class Rounder(Pass):
         from compress.sweep.quantization import quantize
 
         return quantize(self, source, target, run)
-
-
-def recorded(notes: Mapping[str, Any]) -> dict[str, str]:
-    """Notes as they appear in the table of layers: short, and the same on every machine."""
-    return {key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in notes.items()}

@@ -88,7 +88,9 @@ def select(rounder: Rounder, model: Any, checkpoint: Checkpoint, weight_format: 
     _check_patterns(rounder, model, selection)
     if not selection.schemes:
         raise PlanError("no layer is left to round", "loosen --ignore")
-    _check_experts(selection)
+    together = weight_format.refusal_together(selection.held())
+    if together:
+        raise PlanError(together, "let no override split them, or leave some in floats with --ignore")
     for held in selection.held():
         reason = weight_format.refusal(held)
         if reason:
@@ -107,7 +109,7 @@ def _scheme(rounder: Rounder, matrix: Matrix) -> Scheme:
     if rounder.fallback == "channel":
         return Scheme(scheme.bits, None, scheme.symmetric, scheme.range)
     raise PlanError(
-        f"{matrix.name} has {matrix.columns} input columns, which groups of {scheme.group_size} do not divide",
+        f"{matrix.name} has {matrix.columns} columns, which groups of {scheme.group_size} do not divide",
         "give it one scale a row with --fallback channel, another --group-size, or --ignore it",
     )
 
@@ -138,14 +140,18 @@ def _beyond(
         holds = isinstance(module, nn.Linear | nn.Embedding)
         if not holds or name.startswith(prefixes) or not matches_any(rounder.include, name):
             continue
-        matrix = outside(model, module, name, checkpoint)
+        matrix = outside(module, name, checkpoint)
         if not _ignored(rounder, matrix):
             beyond[matrix] = _scheme(rounder, matrix)
     names = {matrix.module for matrix in beyond}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and getattr(head, "weight", None) is embedding.weight:
         tied = {name for name, module in model.named_modules() if module is embedding or module is head}
-        if names & tied and not tied <= names and not any(module is head for module in _of(model, names & tied)):
+        if (
+            names & tied
+            and not tied <= names
+            and not any(module is head for module in _of(model, names & tied))
+        ):
             missing = ", ".join(sorted(tied - names))
             raise PlanError(
                 f"{', '.join(sorted(names & tied))} shares its weight with {missing}",
@@ -168,13 +174,6 @@ def _check_patterns(rounder: Rounder, model: Any, selection: Selection) -> None:
     )
     for flag, pattern in flags:
         if not any(matches(pattern, name) for name in known):
-            raise UsageError(f"{flag} '{pattern}' matches no module of the model", did_you_mean(pattern, modules))
-
-
-def _check_experts(selection: Selection) -> None:
-    schemes = {scheme for matrix, scheme in selection.schemes.items() if matrix.expert is not None}
-    if len(schemes) > 1:
-        raise PlanError(
-            f"experts have {len(schemes)} different schemes: {', '.join(sorted(map(str, schemes)))}",
-            "transformers reads all experts with one scheme; let no override split them",
-        )
+            raise UsageError(
+                f"{flag} '{pattern}' matches no module of the model", did_you_mean(pattern, modules)
+            )

@@ -5,7 +5,7 @@ existence is the point from which a run resumes.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,11 @@ import torch
 
 from compress.core.passes import Meant
 from compress.core.run import Run
-from compress.core.scheme import Scheme
 from compress.formats.shards import write_shard
-from compress.formats.weight_format import WeightFormat
 from compress.models.checkpoint import Checkpoint
-from compress.numerics.affine import Quantized
 from compress.numerics.fingerprint import fingerprint
 from compress.sweep.matrices import Matrix
+from compress.sweep.treatment import Replacement, Treatment
 
 
 @dataclass(frozen=True)
@@ -66,12 +64,13 @@ class Encoded:
 
 
 def encode(
-    results: Mapping[Matrix, Quantized],
+    results: Mapping[Matrix, Replacement],
     errors: Mapping[str, float],
+    labels: Mapping[Matrix, Hashable],
+    treatment: Treatment,
     checkpoint: Checkpoint,
-    weight_format: WeightFormat,
 ) -> dict[str, Encoded]:
-    """Rounded matrices by the names that their float weights have on disk.
+    """Treated matrices by the names that their float weights have on disk.
 
     Fused experts are split as transformers would split them when it saves the model: integers, scales and
     zero points go through the same reversal as the weight.
@@ -80,51 +79,35 @@ def encode(
         errors: relative error by matrix name.
     """
     encoded: dict[str, Encoded] = {}
-    fused: dict[str, list[tuple[Matrix, Quantized]]] = {}
-    for matrix, quantized in results.items():
+    fused: dict[str, list[Matrix]] = {}
+    for matrix, replacement in results.items():
         if matrix.expert is not None:
-            fused.setdefault(matrix.parameter, []).append((matrix, quantized))
+            fused.setdefault(matrix.parameter, []).append(matrix)
             continue
         # A weight tied to another has no tensor of its own on disk yet; it gets its module's name.
         name = matrix.on_disk[0] if matrix.on_disk else matrix.parameter
-        parts = _parts(quantized)
-        meant = Meant(fingerprint(quantized.dequantize()), True, errors[matrix.name])
-        encoded[name] = Encoded(weight_format.encode(name, parts, quantized.scheme), meant)
+        meant = Meant(fingerprint(replacement.value()), True, errors[matrix.name])
+        encoded[name] = Encoded(treatment.encode(name, replacement.parts(), labels[matrix]), meant)
     for parameter, experts in fused.items():
-        encoded.update(_encode_experts(parameter, experts, errors, checkpoint, weight_format))
+        parts = [results[matrix].parts() for matrix in experts]
+        stacked = {part: torch.stack([entry[part] for entry in parts]) for part in parts[0]}
+        error = max(errors[matrix.name] for matrix in experts)
+        label = labels[experts[0]]
+        for name, split in _split(parameter, stacked, checkpoint).items():
+            meant = Meant(fingerprint(treatment.rebuilt(split, label).value()), True, error)
+            encoded[name] = Encoded(treatment.encode(name, split, label), meant)
     return encoded
 
 
-def _encode_experts(
-    parameter: str,
-    experts: list[tuple[Matrix, Quantized]],
-    errors: Mapping[str, float],
-    checkpoint: Checkpoint,
-    weight_format: WeightFormat,
-) -> dict[str, Encoded]:
-    scheme = experts[0][1].scheme
-    split: dict[str, dict[str, torch.Tensor]] = {}
-    for part in _parts(experts[0][1]):
-        stacked = torch.stack([_parts(quantized)[part] for _, quantized in experts])
-        for name, tensor in checkpoint.to_disk({parameter: stacked}).items():
-            split.setdefault(name, {})[part] = tensor.contiguous()
-    error = max(errors[matrix.name] for matrix, _ in experts)
-    return {
-        name: Encoded(
-            weight_format.encode(name, parts, scheme),
-            Meant(fingerprint(_quantized(parts, scheme).dequantize()), True, error),
-        )
-        for name, parts in split.items()
-    }
-
-
-def _parts(quantized: Quantized) -> dict[str, torch.Tensor]:
-    parts = {"q": quantized.q, "scale": quantized.scale}
-    return parts if quantized.zero is None else {**parts, "zero": quantized.zero}
-
-
-def _quantized(parts: Mapping[str, torch.Tensor], scheme: Scheme) -> Quantized:
-    return Quantized(parts["q"], parts["scale"], parts.get("zero"), scheme)
+def _split(
+    parameter: str, stacked: Mapping[str, torch.Tensor], checkpoint: Checkpoint
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The parts of a fused parameter ``[experts, rows, ...]`` by the names of its pieces on disk."""
+    pieces: dict[str, dict[str, torch.Tensor]] = {}
+    for part, tensor in stacked.items():
+        for name, piece in checkpoint.to_disk({parameter: tensor}).items():
+            pieces.setdefault(name, {})[part] = piece.contiguous()
+    return pieces
 
 
 def write_unit(

@@ -7,6 +7,7 @@ that the pass meant, every other tensor must still be the source's.
 
 import contextlib
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from transformers.quantizers import AutoHfQuantizer
 
 from compress.core.artifact import Artifact, Lineage
-from compress.core.errors import CompressError, VerificationError
+from compress.core.errors import CompressError, PlanError, VerificationError
 from compress.core.passes import Meant
 from compress.core.run import Run
 from compress.models.blocks import find_blocks
@@ -41,7 +42,9 @@ class Verified:
     calibrated: int
 
 
-def verify_weights(artifact: Artifact, lineage: Lineage, run: Run, source: Artifact | None = None) -> Verified:
+def verify_weights(
+    artifact: Artifact, lineage: Lineage, run: Run, source: Artifact | None = None
+) -> Verified:
     """Load an artifact block by block and compare every weight.
 
     Args:
@@ -58,14 +61,13 @@ def verify_weights(artifact: Artifact, lineage: Lineage, run: Run, source: Artif
     if starved:
         raise VerificationError(f"{starved[0]} was never calibrated", _HINT)
     try:
-        model, quantizer = _prepared(artifact, run)
-        with Checkpoint(artifact, model, quantizer) as checkpoint:
-            with contextlib.ExitStack() as stack:
-                original = None
-                if source is not None:
-                    bare = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
-                    original = stack.enter_context(Checkpoint(source, bare))
-                return _Verification(model, checkpoint, lineage, run, original).run()
+        model, quantizer = prepared(artifact, artifact.config.get("quantization_config"), run)
+        with Checkpoint(artifact, model, quantizer) as checkpoint, contextlib.ExitStack() as stack:
+            original = None
+            if source is not None:
+                bare = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
+                original = stack.enter_context(Checkpoint(source, bare))
+            return _Verification(model, checkpoint, lineage, run, original).run()
     except VerificationError:
         raise
     except CompressError as error:
@@ -78,19 +80,35 @@ def _calibrated(use: str) -> bool:
     return find(use).calibrated
 
 
-def _prepared(artifact: Artifact, run: Run) -> tuple[Any, Any]:
-    """The skeleton as transformers prepares it before it loads weights, and its quantizer."""
-    model = skeleton(
-        artifact, task=run.task, dtype=loaded_dtype(artifact), trust_remote_code=run.trust_remote_code
-    )
-    config = artifact.config.get("quantization_config")
-    if config is None:
+def prepared(source: Artifact, quantization: Mapping[str, Any] | None, run: Run) -> tuple[Any, Any]:
+    """A skeleton as transformers prepares it before it loads weights, and its quantizer.
+
+    Before a run it is a rehearsal: a configuration that the loader cannot work with fails here, on the
+    meta device, instead of at a user's.
+
+    Args:
+        quantization: a ``quantization_config``, or ``None`` for a model of plain floats.
+
+    Raises:
+        PlanError: the loader cannot prepare this model with this configuration.
+    """
+    dtype = loaded_dtype(source)
+    model = skeleton(source, task=run.task, dtype=dtype, trust_remote_code=run.trust_remote_code)
+    if quantization is None:
         return model, None
-    quantizer = AutoHfQuantizer.from_config(dict(config), pre_quantized=True)
-    quantizer.validate_environment(device_map=None, weights_only=True)
-    # The library draws a bar for the layout of the modules, which is done in a moment.
-    with quiet(), contextlib.redirect_stderr(io.StringIO()), torch.device("meta"):
-        quantizer.preprocess_model(model=model, dtype=loaded_dtype(artifact))
+    try:
+        quantizer = AutoHfQuantizer.from_config(dict(quantization), pre_quantized=True)
+        quantizer.validate_environment(device_map=None, weights_only=True)
+        # The library draws a bar for the layout of the modules, which is done in a moment.
+        with quiet(), contextlib.redirect_stderr(io.StringIO()), torch.device("meta"):
+            quantizer.preprocess_model(model=model, dtype=dtype)
+            # transformers initialises what a checkpoint leaves out, and some models' own code for it
+            # reaches for weights that are packed.
+            model.initialize_weights()
+    except (AttributeError, TypeError, ValueError, RuntimeError, ImportError) as error:
+        raise PlanError(
+            f"stock transformers cannot load {type(model).__name__} with this quantization: {error}"
+        ) from error
     return model, quantizer
 
 
@@ -119,18 +137,20 @@ class _Verification:
             advance(1)
         lost = sorted(set(self.lineage.tensors) - seen)
         if lost:
-            raise VerificationError(f"{lost[0]} should be in the artifact, and no loaded weight has its name", _HINT)
+            raise VerificationError(
+                f"{lost[0]} should be in the artifact, and no loaded weight has its name", _HINT
+            )
         changed = sum(meant.changed for meant in self.lineage.tensors.values())
         layers = self.lineage.steps[-1].decisions.get("layers", {})
         calibrated = sum(int(row.get("tokens", 0)) > 0 for row in layers.values())
         return Verified(changed, len(self.lineage.tensors) - changed, calibrated)
 
     def _check_names(self) -> None:
-        unknown = [
-            name for name, target in self.checkpoint.target.items() if target not in self._known()
-        ]
+        unknown = [name for name, target in self.checkpoint.target.items() if target not in self._known()]
         if unknown:
-            raise VerificationError(f"{unknown[0]} is on disk, and the loaded model has no place for it", _HINT)
+            raise VerificationError(
+                f"{unknown[0]} is on disk, and the loaded model has no place for it", _HINT
+            )
 
     def _known(self) -> set[str]:
         if not hasattr(self, "_names"):
@@ -140,7 +160,9 @@ class _Verification:
     def _outside(self, parts: list[str]) -> set[str]:
         """Everything beyond the blocks, module by module: an embedding may be the largest weight of all."""
         inside = tuple(f"{part}." for part in parts)
-        names = [name for name in self.checkpoint.names if not self.checkpoint.target[name].startswith(inside)]
+        names = [
+            name for name in self.checkpoint.names if not self.checkpoint.target[name].startswith(inside)
+        ]
         modules: dict[str, list[str]] = {}
         for name in names:
             modules.setdefault(self.checkpoint.target[name].rpartition(".")[0], []).append(name)
@@ -220,7 +242,9 @@ class _Verification:
         before = self.original.tensor(name).float()
         if before.shape != value.shape:
             return f"{message}: shape {tuple(value.shape)}, the source has {tuple(before.shape)}"
-        distance = float(torch.linalg.norm(before - value.float()) / torch.linalg.norm(before).clamp_min(1e-30))
+        distance = float(
+            torch.linalg.norm(before - value.float()) / torch.linalg.norm(before).clamp_min(1e-30)
+        )
         return f"{message}: relative distance to the source {distance:.4g}, meant {meant.error:.4g}"
 
 

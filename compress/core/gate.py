@@ -1,0 +1,272 @@
+"""Gates: what must hold for a compressed model to ship, judged with three-valued honesty.
+
+A gate looks at an interval, never at a point. PASS: the whole interval is acceptable. FAIL: none of it
+is. UNDECIDED: the sample was too small to tell. INVALID: the two measurements must not be compared, or
+one of them is missing. The interval itself is computed where the statistics live
+(`compress.bench.statistics`); a gate says which one it wants.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from typing import Annotated, Any, Final, Literal, final
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+
+from compress.core.errors import UsageError, did_you_mean
+from compress.core.measurement import Direction, Effect, EffectKind
+from compress.core.passes import invalid
+
+GateTest = Literal["bound", "non-inferiority", "superiority"]
+
+
+class Verdict(StrEnum):
+    """What a gate says."""
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    UNDECIDED = "UNDECIDED"
+    INVALID = "INVALID"
+
+    @property
+    def exit_code(self) -> int:
+        """Of a command whose worst verdict this is."""
+        return _EXIT_CODES[self]
+
+
+_EXIT_CODES: Final[Mapping[Verdict, int]] = {
+    Verdict.PASS: 0,
+    Verdict.FAIL: 10,
+    Verdict.UNDECIDED: 11,
+    Verdict.INVALID: 12,
+}
+_WORST_FIRST: Final = (Verdict.FAIL, Verdict.INVALID, Verdict.UNDECIDED, Verdict.PASS)
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The verdict of a whole bench: a known failure outweighs one that cannot be judged. None is PASS."""
+    found = set(verdicts)
+    return next((verdict for verdict in _WORST_FIRST if verdict in found), Verdict.PASS)
+
+
+class Amount(BaseModel):
+    """A number in the metric's unit (``0.1``), or a share of BEFORE (``"10%"``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    number: float
+    relative: bool
+
+    def __str__(self) -> str:
+        return f"{100 * self.number:g}%" if self.relative else f"{self.number:g}"
+
+
+def _amount(value: object) -> object:
+    if isinstance(value, Amount):
+        return value
+    relative = isinstance(value, str) and value.strip().endswith("%")
+    try:
+        if isinstance(value, str):
+            number = float(value.strip().removesuffix("%").replace("_", ""))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            number = float(value)
+        else:
+            raise ValueError
+    except ValueError:
+        raise ValueError("expected a number or a percentage such as 10%") from None
+    if not math.isfinite(number):
+        raise ValueError("expected a finite number")
+    return Amount(number=number / 100 if relative else number, relative=relative)
+
+
+def _spelled(amount: Amount) -> str | float:
+    return str(amount) if amount.relative else amount.number
+
+
+Quantity = Annotated[
+    Amount,
+    BeforeValidator(_amount),
+    PlainSerializer(_spelled),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^-?[0-9._]+%$"}]}),
+]
+
+
+@final
+class Arms(BaseModel):
+    """Which two arms a gate compares, by name (``before``, ``after``), with ``@runtime`` where it matters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    before: str | None = Field(default=None, description="the reference arm; the one of the same runtime")
+    after: str | None = Field(default=None, description="the judged arm; every AFTER on the first runtime")
+
+
+@final
+class Judgement(BaseModel):
+    """A gate's verdict on one pair of arms."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gate: str = Field(description="the gate, in words")
+    metric: str = Field(description="the judged quantity")
+    before: str = Field(description="name of the reference arm")
+    after: str = Field(description="name of the judged arm")
+    verdict: Verdict = Field(description="PASS, FAIL, UNDECIDED or INVALID")
+    explanation: str = Field(description="why, with the numbers")
+    effect: Effect | None = Field(default=None, description="the interval that was judged")
+
+
+@final
+class Gate(BaseModel):
+    """One condition. Percentages are shares of BEFORE, plain numbers are in the metric's unit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metric: str = Field(min_length=1, description="name of the judged quantity, such as perplexity")
+    test: GateTest = Field(
+        description="bound: AFTER within a limit; non-inferiority: not worse than BEFORE by more than the "
+        "margin; superiority: better than BEFORE by more than the margin"
+    )
+    margin: Quantity | None = Field(default=None, description="tolerated (or demanded) change: 10% or 0.1")
+    at_most: Quantity | None = Field(
+        default=None, description="upper limit of a bound: 50% of BEFORE, or 3.2"
+    )
+    at_least: Quantity | None = Field(default=None, description="lower limit of a bound")
+    arms: Arms = Field(default=Arms(), description="the pair that is compared")
+    confidence: float = Field(default=0.95, gt=0.5, lt=1.0, description="of each one-sided bound")
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> "Gate":
+        limits = (self.at_most is not None) + (self.at_least is not None)
+        if self.test == "bound" and (limits != 1 or self.margin is not None):
+            raise ValueError("a bound takes exactly one of at_most and at_least, and no margin")
+        if self.test != "bound" and limits:
+            raise ValueError(f"{self.test} takes a margin, not at_most or at_least")
+        if self.test == "non-inferiority" and self.margin is None:
+            raise ValueError("non-inferiority needs a margin: how much worse is acceptable")
+        if self.margin is not None and self.margin.number < 0:
+            raise ValueError("a margin is not negative")
+        return self
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> "Gate":
+        """A gate from a recipe's entry.
+
+        Raises:
+            UsageError: an unknown key, a missing one, or a value that does not fit.
+        """
+        try:
+            return cls.model_validate(dict(document))
+        except ValidationError as error:
+            raise invalid(error, f"gate on {document.get('metric', 'nothing')}", cls.model_fields) from error
+
+    @property
+    def wants(self) -> EffectKind:
+        """Which effect the gate judges."""
+        limit = self._limit
+        if self.test == "bound":
+            return "ratio" if limit.relative else "value"
+        return "ratio" if limit.relative else "difference"
+
+    @property
+    def _limit(self) -> Amount:
+        found = self.at_most or self.at_least or self.margin
+        # A superiority test without a margin asks for any improvement at all, which as a ratio has no unit.
+        return found if found is not None else Amount(number=0.0, relative=True)
+
+    def __str__(self) -> str:
+        if self.test == "bound":
+            words = "at most" if self.at_most is not None else "at least"
+            share = " of BEFORE" if self._limit.relative else ""
+            return f"{self.metric} {words} {self._limit}{share}"
+        if self.test == "non-inferiority":
+            return f"{self.metric} not worse by more than {self._limit}"
+        by = f" by more than {self._limit}" if self._limit.number else ""
+        return f"{self.metric} better{by}"
+
+    def judge(
+        self, effect: Effect, better: Direction, *, before: str = "before", after: str = "after"
+    ) -> Judgement:
+        """The verdict on an effect.
+
+        Args:
+            effect: of the kind that the gate `wants`.
+            better: the metric's own direction.
+            before, after: names of the arms, for the record.
+
+        Raises:
+            ValueError: the effect is of another kind; a fault of the caller.
+        """
+        if effect.kind != self.wants:
+            raise ValueError(f"{self} judges a {self.wants}, got a {effect.kind}")
+        if self.test != "bound" and better == "neither":
+            return self.invalid(
+                f"no direction of {self.metric} is an improvement; use a bound", before, after
+            )
+        limit, upper, strict = self._region(better)
+        sign = "<" if upper else ">"
+        sign = sign if strict else f"{sign}="
+        shown = f"{effect.kind} {effect.point:.5g}"
+        if effect.low is None or effect.high is None:
+            explanation = f"{shown}, without an interval ({effect.method}); wanted {sign} {limit:.5g}"
+            return self._said(Verdict.UNDECIDED, explanation, before, after, effect)
+        inside = [_inside(bound, limit, upper=upper, strict=strict) for bound in (effect.low, effect.high)]
+        verdict = Verdict.PASS if all(inside) else Verdict.UNDECIDED if any(inside) else Verdict.FAIL
+        interval = f"[{effect.low:.5g}, {effect.high:.5g}]" if effect.low != effect.high else "exactly"
+        explanation = f"{shown} {interval}, wanted {sign} {limit:.5g}; {effect.method}"
+        return self._said(verdict, explanation, before, after, effect)
+
+    def invalid(self, reason: str, before: str = "before", after: str = "after") -> Judgement:
+        """The verdict where no comparison can be made."""
+        return self._said(Verdict.INVALID, reason, before, after, None)
+
+    def _said(
+        self, verdict: Verdict, explanation: str, before: str, after: str, effect: Effect | None
+    ) -> Judgement:
+        return Judgement(
+            gate=str(self),
+            metric=self.metric,
+            before=before,
+            after=after,
+            verdict=verdict,
+            explanation=explanation,
+            effect=effect,
+        )
+
+    def _region(self, better: Direction) -> tuple[float, bool, bool]:
+        """The acceptable half-line: its end, whether it lies below the end, whether the end is excluded."""
+        limit = self._limit
+        if self.test == "bound":
+            return limit.number, self.at_most is not None, False
+        centre = 1.0 if limit.relative else 0.0
+        worse = 1.0 if better == "lower" else -1.0
+        tolerated = self.test == "non-inferiority"
+        end = centre + worse * limit.number * (1.0 if tolerated else -1.0)
+        return end, better == "lower", not tolerated
+
+
+def _inside(bound: float, limit: float, *, upper: bool, strict: bool) -> bool:
+    if bound == limit:
+        return not strict
+    return bound < limit if upper else bound > limit
+
+
+def check_metrics(gates: Iterable[Gate], known: Iterable[str]) -> None:
+    """Refuse a gate on a quantity that nothing measures, before hours of measuring.
+
+    Raises:
+        UsageError: naming the nearest known quantity.
+    """
+    names = set(known)
+    for gate in gates:
+        if gate.metric not in names:
+            raise UsageError(f"gate: unknown metric '{gate.metric}'", did_you_mean(gate.metric, names))

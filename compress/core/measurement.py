@@ -1,0 +1,152 @@
+"""What was measured: a value with its samples, or the reason why there is none.
+
+A measurement that could not be made is ``n/a`` with a reason, never zero and never absent. Samples are
+kept raw, so that an interval or a verdict can be computed again later, by another rule.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, final
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Direction = Literal["lower", "higher", "neither"]
+"""Which change of a quantity is an improvement; it belongs to the metric, never to a name."""
+
+Summary = Literal["exact", "mean", "geometric-mean", "exponential-mean"]
+"""How samples become one value: ``exact`` has no samples; ``exponential-mean`` is the exponential of the
+weighted mean, which makes a perplexity out of nats."""
+
+EffectKind = Literal["value", "difference", "ratio"]
+
+
+@final
+class Measurement(BaseModel):
+    """One quantity of one arm.
+
+    Attributes are described by their fields. Exactly one of ``value`` and ``reason`` is there.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float | None = Field(default=None, description="the measured value; null is n/a")
+    reason: str | None = Field(default=None, description="why there is no value")
+    unit: str = Field(default="", description="unit of the value, empty for a pure number")
+    better: Direction = Field(default="neither", description="which change is an improvement")
+    summary: Summary = Field(default="exact", description="how the samples make the value")
+    low: float | None = Field(default=None, description="lower bound of the value's own interval")
+    high: float | None = Field(default=None, description="upper bound of the value's own interval")
+    samples: tuple[float, ...] = Field(default=(), description="raw samples, in the order they were taken")
+    weights: tuple[float, ...] | None = Field(
+        default=None, description="weight of each sample, such as its tokens; null weighs all alike"
+    )
+    clusters: tuple[int, ...] | None = Field(
+        default=None,
+        description="document, window or launch of each sample: what is independent; null is one each",
+    )
+    conditions: Mapping[str, Any] = Field(
+        default_factory=dict, description="under which the value holds: shapes, protocol, counts"
+    )
+
+    @model_validator(mode="after")
+    def _is_sound(self) -> "Measurement":
+        if (self.value is None) == (self.reason is None):
+            raise ValueError("a measurement has either a value or a reason why there is none")
+        if self.value is not None and not math.isfinite(self.value):
+            raise ValueError(f"a measured value is finite, got {self.value}; give a reason instead")
+        for name, column in (("weights", self.weights), ("clusters", self.clusters)):
+            if column is not None and len(column) != len(self.samples):
+                raise ValueError(f"{len(column)} {name} for {len(self.samples)} samples")
+        return self
+
+    @classmethod
+    def missing(cls, reason: str, *, unit: str = "", better: Direction = "neither") -> "Measurement":
+        """``n/a``, with the reason."""
+        return cls(reason=reason, unit=unit, better=better)
+
+    @classmethod
+    def exact(
+        cls,
+        value: float,
+        unit: str = "",
+        better: Direction = "neither",
+        conditions: Mapping[str, Any] | None = None,
+    ) -> "Measurement":
+        """A value without sampling error: bytes on disk, a count."""
+        return cls(value=value, unit=unit, better=better, conditions=conditions or {})
+
+    @classmethod
+    def sampled(
+        cls,
+        samples: Sequence[float],
+        *,
+        summary: Summary,
+        unit: str = "",
+        better: Direction = "neither",
+        weights: Sequence[float] | None = None,
+        clusters: Sequence[int] | None = None,
+        conditions: Mapping[str, Any] | None = None,
+    ) -> "Measurement":
+        """A value from its samples; ``n/a`` where there are none or one of them is not finite."""
+        if not samples:
+            return cls.missing("no sample was taken", unit=unit, better=better)
+        wrong = sum(not math.isfinite(sample) for sample in samples)
+        if wrong:
+            reason = f"{wrong} of {len(samples)} samples are NaN or infinite"
+            return cls.missing(reason, unit=unit, better=better)
+        value = summarize(samples, weights, summary)
+        if not math.isfinite(value):
+            return cls.missing(f"the {summary} of the samples is not finite", unit=unit, better=better)
+        return cls(
+            value=value,
+            unit=unit,
+            better=better,
+            summary=summary,
+            samples=tuple(samples),
+            weights=None if weights is None else tuple(weights),
+            clusters=None if clusters is None else tuple(clusters),
+            conditions=conditions or {},
+        )
+
+
+@final
+class Effect(BaseModel):
+    """A change between two arms, or one arm's value, with one-sided bounds.
+
+    ``low`` and ``high`` each hold with the stated confidence, so both together hold with
+    ``2 * confidence - 1``: a test that looks at one of them errs at most ``1 - confidence`` of the time.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: EffectKind = Field(description="value of AFTER, AFTER minus BEFORE, or AFTER over BEFORE")
+    point: float = Field(description="the estimate")
+    low: float | None = Field(description="lower bound; null where too little was sampled for one")
+    high: float | None = Field(description="upper bound; null where too little was sampled for one")
+    confidence: float = Field(description="of each bound")
+    method: str = Field(description="how the bounds were found, and over how many independent units")
+
+
+def summarize(samples: Sequence[float], weights: Sequence[float] | None, summary: Summary) -> float:
+    """One value from samples.
+
+    Args:
+        samples: at least one; positive for a geometric mean.
+        weights: of the samples, or none.
+
+    Raises:
+        ValueError: ``exact``, which has no samples, or samples that the summary cannot take.
+    """
+    if summary == "exact":
+        raise ValueError("an exact value is not made from samples")
+    if summary == "geometric-mean" and min(samples) <= 0:
+        raise ValueError(f"a geometric mean takes positive samples, got {min(samples)}")
+    values = [math.log(sample) for sample in samples] if summary == "geometric-mean" else list(samples)
+    used = [1.0] * len(values) if weights is None else list(weights)
+    mean = math.fsum(w * v for w, v in zip(used, values, strict=True)) / math.fsum(used)
+    if summary == "mean":
+        return mean
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf

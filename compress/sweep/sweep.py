@@ -1,0 +1,340 @@
+"""The streaming sweep: one block in memory at a time, whatever the depth of the model.
+
+For each block: bring it from disk, let the calibration batches run through it while statistics gather,
+treat its matrices stage by stage (a stage is what shares an input), run the batches again so that the
+next block sees the treated one, write its shard, free it. Every finished block is a point to resume
+from.
+"""
+
+import csv
+import json
+import shutil
+import time
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.core.artifact import LAYERS_FILE, Artifact
+from compress.core.errors import CalibrationError
+from compress.core.passes import Outcome
+from compress.core.run import Run
+from compress.data.calibration import draw
+from compress.formats.shards import shard_name, write_index
+from compress.models.blocks import Block, Reentry, find_blocks
+from compress.models.checkpoint import Checkpoint
+from compress.models.load import tokenizer
+from compress.sweep.activations import Activations
+from compress.sweep.collector import Collector, Enough, Shared
+from compress.sweep.matrices import Matrix
+from compress.sweep.treatment import Replacement, Treatment
+from compress.sweep.unit import UnitRecord, encode, write_unit
+
+OUTSIDE = "outside"
+
+Labels = Mapping[Matrix, Hashable]
+
+
+@dataclass
+class _Progress:
+    """The matrices of one unit while it is being treated."""
+
+    results: dict[Matrix, Replacement] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Sweep:
+    """One treatment of one model, from disk to disk.
+
+    Attributes:
+        treatment: what is done to the matrices.
+        source: the artifact that is read.
+        target: the folder that is written; it may hold earlier progress.
+        run: the circumstances.
+        model: a skeleton of the source's model.
+        checkpoint: the source's weights beside the skeleton.
+        labels: the matrices to treat, in the order of the model, and how.
+        device: where blocks are computed.
+    """
+
+    treatment: Treatment
+    source: Artifact
+    target: Path
+    run: Run
+    model: Any
+    checkpoint: Checkpoint
+    labels: Labels
+    device: torch.device
+    blocks: list[Block] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.blocks = find_blocks(self.model)
+
+    def apply(self) -> Outcome:
+        """Treat every matrix, write every shard, and say what was meant.
+
+        Raises:
+            CalibrationError: no data reached a matrix, or fewer were treated than were planned.
+        """
+        blocks = self.blocks
+        records: list[UnitRecord] = []
+        self.run.scratch.mkdir(parents=True, exist_ok=True)
+        activations = self._calibration()
+        title = f"{len(self.labels)} matrices in {len(blocks)} blocks"
+        with self._runner(), self.run.reporter.progress(title, len(blocks) + 1, "block") as advance:
+            self._load_outside()
+            for block in blocks:
+                records.append(self._finished(block.name, block.position) or self._block(block, activations))
+                self.checkpoint.release(block.name)
+                advance(1)
+            records.append(self._finished(OUTSIDE, len(blocks)) or self._outside(activations))
+            advance(1)
+        return self._complete(records)
+
+    # -- one unit ------------------------------------------------------------------------------------
+
+    def _block(self, block: Block, activations: Activations | None) -> UnitRecord:
+        event = self.run.reporter.event
+        event("block.start", block=block.name, position=block.position)
+        self._restore(block.position, activations)
+        self.checkpoint.load_module(block.name, self.device)
+        matrices = self._labels_in(block)
+        progress = _Progress()
+        if activations is None:
+            self._treat([Shared([matrix]) for matrix in matrices], matrices, progress)
+        else:
+            collector = Collector(self.model, list(matrices))
+            first = lambda: self._reentry.run(  # noqa: E731 - one expression, used once
+                block.position, activations.batches[0], activations.recordings[0]
+            )
+            for stage in collector.discover(first) if matrices else []:
+                event("block.calibrate", block=block.name, position=block.position)
+                with collector.gather(stage, self._statistic) as begin:
+                    self._pass(block.position, activations, begin)
+                self._treat(stage, matrices, progress)
+            event("block.advance", block=block.name, position=block.position)
+            for batch, recording in zip(activations.batches, activations.recordings, strict=True):
+                self._reentry.advance(block.position, batch, recording)
+        return self._finish(block.position, self.checkpoint.names_of(block.name), progress, activations)
+
+    def _outside(self, activations: Activations | None) -> UnitRecord:
+        """Everything outside the blocks: copied, but for the matrices that were asked for."""
+        position = len(self.blocks)
+        self.run.reporter.event("block.start", block=OUTSIDE, position=position)
+        matrices = self._labels_outside()
+        progress = _Progress()
+        if matrices:
+            self._restore(position, activations)
+            self._load_head()
+            self._free_tied(matrices)
+            seen = [matrix for matrix in matrices if matrix.kind != "Embedding"]
+            if activations is not None and seen:
+                collector = Collector(self.model, seen)
+                stage = [Shared([matrix]) for matrix in seen]
+                with collector.gather(stage, self._statistic) as begin:
+                    self._pass(position, activations, begin)
+                self._treat(stage, matrices, progress)
+            else:
+                self._treat([Shared([matrix]) for matrix in seen], matrices, progress)
+            # A row of an embedding is looked up, not multiplied: there is no input to calibrate on.
+            lookups = [Shared([matrix]) for matrix in matrices if matrix.kind == "Embedding"]
+            self._treat(lookups, matrices, progress)
+        names = [name for name in self.checkpoint.names if self._is_outside(name)]
+        return self._finish(position, names, progress, None)
+
+    def _pass(self, position: int, activations: Activations, begin: Any) -> None:
+        for batch, recording in zip(activations.batches, activations.recordings, strict=True):
+            begin()
+            try:
+                self._reentry.run(position, batch, recording)
+            except Enough:
+                continue
+
+    def _statistic(self, columns: int) -> Any:
+        return self.treatment.statistic(columns, self.device)
+
+    def _treat(self, stage: Sequence[Shared], labels: Labels, progress: _Progress) -> None:
+        for shared in stage:
+            for label in dict.fromkeys(labels[matrix] for matrix in shared.matrices):
+                alike = [matrix for matrix in shared.matrices if labels[matrix] == label]
+                self._treat_together(alike, shared, label, progress)
+            shared.statistic = None
+
+    def _treat_together(
+        self, matrices: list[Matrix], shared: Shared, label: Hashable, progress: _Progress
+    ) -> None:
+        """Round matrices that share an input and a scheme in one call, and put them into the model."""
+        for matrix in matrices:
+            self.run.reporter.event("layer.solve", layer=matrix.name)
+        statistic = shared.statistic
+        tokens = statistic.tokens if statistic is not None else 0
+        if statistic is not None and tokens == 0:
+            raise CalibrationError(
+                f"no calibration data reached {matrices[0].name}",
+                "give more --samples or more varied text, or leave it in floats with --ignore",
+            )
+        started = time.perf_counter()
+        with torch.no_grad():
+            views = [matrix.of(self.model.get_parameter(matrix.parameter)) for matrix in matrices]
+            stacked = torch.cat([view.float() for view in views])
+            treated = self.treatment.treat(stacked, statistic, label)
+            del stacked
+            seconds = (time.perf_counter() - started) / len(matrices)
+            start = 0
+            for matrix, view in zip(matrices, views, strict=True):
+                part = treated.replacement.rows(start, start + matrix.rows)
+                start += matrix.rows
+                value = part.value().to(view.dtype)
+                error = float(torch.linalg.norm(view - value) / torch.linalg.norm(view).clamp_min(1e-30))
+                view.copy_(value)
+                progress.results[matrix] = part
+                progress.errors[matrix.name] = error
+                row = {"layer": matrix.name, "rows": matrix.rows, "columns": matrix.columns}
+                row |= {"scheme": str(label), "tokens": tokens, "error": f"{error:.6g}"}
+                progress.layers.append(row | _recorded(treated.notes) | {"seconds": f"{seconds:.4f}"})
+
+    # -- the edges ---------------------------------------------------------------------------------
+
+    def _labels_in(self, block: Block) -> Labels:
+        inside = f"{block.name}."
+        return {matrix: label for matrix, label in self.labels.items() if matrix.parameter.startswith(inside)}
+
+    def _labels_outside(self) -> Labels:
+        inside = tuple(f"{block.name}." for block in self.blocks)
+        return {m: label for m, label in self.labels.items() if not m.parameter.startswith(inside)}
+
+    @contextmanager
+    def _runner(self) -> Iterator[None]:
+        with Reentry(self.model, self.blocks, self.device) as self._reentry:
+            yield
+
+    def _calibration(self) -> Activations | None:
+        if not self.treatment.calibrated or self.run.calibration is None:
+            return None
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        # A file of tokens needs none, and a model without a tokenizer can still be calibrated with one.
+        words = None
+        if not self.run.calibration.text.endswith(".safetensors"):
+            words = tokenizer(self.source, trust_remote_code=self.run.trust_remote_code)
+        drawn = draw(self.run.calibration, words, self.run.seed, vocabulary)
+        return Activations(drawn.tokens, self.run.calibration.batch_size)
+
+    def _is_outside(self, name: str) -> bool:
+        target = self.checkpoint.target[name]
+        return not any(target.startswith(f"{block.name}.") for block in self.blocks)
+
+    def _head(self) -> str | None:
+        """The module that turns hidden states into logits; a sweep stops before it, so it stays on disk."""
+        head = self.model.get_output_embeddings()
+        if head is None or head.weight is self.model.get_input_embeddings().weight:
+            return None
+        return next(name for name, module in self.model.named_modules() if module is head)
+
+    def _load_outside(self) -> None:
+        if not (self.treatment.calibrated or self._labels_outside()):
+            return
+        head = self._head()
+        waiting = [] if head is None else self.checkpoint.names_of(head)
+        names = [name for name in self.checkpoint.names if self._is_outside(name) and name not in waiting]
+        self.checkpoint.load(names, self.device)
+        self.model.tie_weights()
+
+    def _load_head(self) -> None:
+        head = self._head()
+        if head is not None:
+            self.checkpoint.load_module(head, self.device)
+
+    def _free_tied(self, matrices: Labels) -> None:
+        """Give a head that shares the embedding's weight a copy of its own before either is rounded."""
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head is not None and head.weight is embedding.weight and self._unties(matrices):
+            head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+
+    def _unties(self, matrices: Labels) -> bool:
+        head = self.model.get_output_embeddings()
+        return any(self.model.get_submodule(matrix.module) is head for matrix in matrices)
+
+    # -- records and resume ------------------------------------------------------------------------
+
+    def _record_file(self, position: int) -> Path:
+        return self.run.scratch / f"unit-{position:05d}.json"
+
+    def _activation_file(self, position: int) -> Path:
+        return self.run.scratch / f"activations-{position:05d}.safetensors"
+
+    def _finished(self, name: str, position: int) -> UnitRecord | None:
+        record = UnitRecord.read(self._record_file(position))
+        if record is not None and (self.target / record.file).is_file():
+            self.run.reporter.event("block.resume", block=name, position=position)
+            return record
+        return None
+
+    def _restore(self, position: int, activations: Activations | None) -> None:
+        """Take up the recordings of the block before, when they are not in memory already."""
+        if activations is None or position == 0 or activations.recordings[0].hidden:
+            return
+        activations.restore(self._activation_file(position - 1))
+
+    def _finish(
+        self, position: int, names: list[str], progress: _Progress, activations: Activations | None
+    ) -> UnitRecord:
+        encoded = encode(progress.results, progress.errors, self.labels, self.treatment, self.checkpoint)
+        file = shard_name(position, len(self.blocks) + 1)
+        record = write_unit(self.target, file, names, encoded, progress.layers, self.checkpoint, self.run)
+        if activations is not None:
+            activations.save(self._activation_file(position))
+        record.write(self._record_file(position))
+        self._activation_file(position - 1).unlink(missing_ok=True)
+        self.run.reporter.event("block.finish", position=position)
+        return record
+
+    def _complete(self, records: list[UnitRecord]) -> Outcome:
+        tensors = {name: meant for record in records for name, meant in record.tensors.items()}
+        config = self.treatment.configuration()
+        if self._unties(self._labels_outside()):
+            config["tie_word_embeddings"] = False
+        (self.target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_index(
+            self.target, {record.file: record.names for record in records}, sum(r.bytes for r in records)
+        )
+        layers = [row for record in records for row in record.layers]
+        _write_layers(self.target / LAYERS_FILE, layers)
+        for file in self.source.companions:
+            copy = self.target / file.relative_to(self.source.path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+        treated = [row["layer"] for row in layers]
+        planned = [matrix.name for matrix in self.labels]
+        if sorted(treated) != sorted(planned):
+            lost = sorted(set(planned) ^ set(treated))
+            raise CalibrationError(
+                f"{len(planned)} matrices were planned and {len(treated)} treated, first: {lost[0]}"
+            )
+        decisions = {
+            "matrices": len(layers),
+            "changed": sum(meant.changed for meant in tensors.values()),
+            "layers": {
+                row["layer"]: {key: value for key, value in row.items() if key not in ("layer", "seconds")}
+                for row in layers
+            },
+        }
+        return Outcome(decisions, tensors)
+
+
+def _write_layers(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The table of layers: one row a matrix, with its error, the tokens it saw and what the method noted."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _recorded(notes: Mapping[str, Any]) -> dict[str, str]:
+    """Notes as they appear in the table of layers: short, and the same on every machine."""
+    return {key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in notes.items()}

@@ -1,0 +1,69 @@
+"""What a sweep does to the matrices that it visits: the seam between the sweep and the methods."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from compress.numerics.statistic import Statistic
+
+
+class Replacement(ABC):
+    """New contents of one matrix, or of several whose rows are stacked."""
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> "Replacement":
+        """The replacement of some of the rows."""
+
+    @abstractmethod
+    def value(self) -> torch.Tensor:
+        """The matrix ``[rows, columns]`` as a loader will see it."""
+
+    @abstractmethod
+    def parts(self) -> dict[str, torch.Tensor]:
+        """What is written of it, each with the rows in front, so that it can be split like the matrix."""
+
+
+@dataclass(frozen=True)
+class Treated:
+    """A replacement, and what the method did to get there, for the table of layers."""
+
+    replacement: Replacement
+    notes: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+class Treatment(ABC):
+    """What to gather for a matrix and what to put in its place.
+
+    A *label* says how a matrix is treated (a scheme of quantization, say); matrices that share an input
+    and a label are treated in one call.
+    """
+
+    @property
+    @abstractmethod
+    def calibrated(self) -> bool:
+        """Whether calibration batches have to run."""
+
+    @abstractmethod
+    def statistic(self, columns: int, device: torch.device) -> Statistic | None:
+        """A fresh accumulator for an input of so many columns."""
+
+    @abstractmethod
+    def treat(self, weight: torch.Tensor, statistic: Statistic | None, label: Hashable) -> Treated:
+        """New contents for stacked matrices, float32 ``[rows, columns]``, free to be overwritten."""
+
+    @abstractmethod
+    def rebuilt(self, parts: Mapping[str, torch.Tensor], label: Hashable) -> Replacement:
+        """A replacement back from its parts."""
+
+    @abstractmethod
+    def encode(
+        self, weight: str, parts: Mapping[str, torch.Tensor], label: Hashable
+    ) -> dict[str, torch.Tensor]:
+        """Tensors on disk for one matrix, whose float weight has the name ``weight`` there."""
+
+    @abstractmethod
+    def configuration(self) -> dict[str, Any]:
+        """The model's ``config.json`` after the treatment."""

@@ -1,0 +1,142 @@
+"""Tiny random models of many architectures, written as ordinary checkpoints.
+
+Shapes are small and odd on purpose: grouped heads, tied and untied heads, sliding windows that alternate
+with full attention, fused experts, matrices that are not linear layers.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCABULARY = 96
+
+_COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4}
+_DECODER: dict[str, Any] = {
+    **_COMMON,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_ALTERNATING = {
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
+CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", _DECODER),
+    "llama-tied": ("Llama", {**_DECODER, "tie_word_embeddings": True}),
+    "qwen2-sliding": ("Qwen2", {**_DECODER, **_ALTERNATING, "use_sliding_window": True}),
+    "qwen3": ("Qwen3", {**_DECODER, "head_dim": 8}),
+    "mistral": ("Mistral", {**_DECODER, "sliding_window": 4, "head_dim": 8}),
+    "gemma2": ("Gemma2", {**_DECODER, **_ALTERNATING, "head_dim": 8, "query_pre_attn_scalar": 8}),
+    "gemma3": ("Gemma3Text", {**_DECODER, **_ALTERNATING, "head_dim": 8, "query_pre_attn_scalar": 8}),
+    "gpt2": (
+        "GPT2",
+        {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    ),
+    "opt": (
+        "OPT",
+        {
+            **_COMMON,
+            "ffn_dim": 64,
+            "num_hidden_layers": 3,
+            "word_embed_proj_dim": 16,
+            "max_position_embeddings": 64,
+        },
+    ),
+    "gpt-neox": (
+        "GPTNeoX",
+        {**_COMMON, "intermediate_size": 64, "num_hidden_layers": 3, "max_position_embeddings": 64},
+    ),
+    "phi": ("Phi", {**_DECODER, "num_key_value_heads": 4}),
+    "mixtral": ("Mixtral", {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {
+            **_DECODER,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {**_DECODER, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+    "gpt-oss": (
+        "GptOss",
+        {**_DECODER, **_ALTERNATING, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "bert": (
+        "Bert",
+        {**_COMMON, "intermediate_size": 64, "num_hidden_layers": 3, "max_position_embeddings": 64},
+    ),
+    "modernbert": (
+        "ModernBert",
+        {
+            **_COMMON,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "max_position_embeddings": 64,
+            "global_attn_every_n_layers": 2,
+            "local_attention": 4,
+            "pad_token_id": 0,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "albert": (
+        "Albert",
+        {**_COMMON, "embedding_size": 16, "intermediate_size": 64, "num_hidden_layers": 3},
+    ),
+}
+ENCODERS = ("bert", "modernbert", "albert")
+MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss")
+WITHOUT_LINEAR_LAYERS = ("gpt2",)
+"""Architectures whose blocks hold their matrices in something that compressed-tensors cannot hold."""
+
+
+def configuration(name: str) -> Any:
+    """The configuration of one architecture."""
+    family, options = CONFIGURATIONS[name]
+    options = dict(options)
+    if family == "GPT2":
+        options |= {"bos_token_id": 1, "eos_token_id": 2}
+    return getattr(transformers, f"{family}Config")(**options)
+
+
+def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A model with random weights."""
+    family, _ = CONFIGURATIONS[name]
+    head = {"GPT2": "LMHeadModel"}.get(family, "Model" if name in ENCODERS else "ForCausalLM")
+    torch.manual_seed(seed)
+    config = configuration(name)
+    model = getattr(transformers, family.removesuffix("Text") + head)(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Initial values are too small to tell a wrong block from a right one.
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.config.dtype = dtype
+    return model
+
+
+def write(name: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a random model as its users would have it, and return its folder."""
+    path = folder / name
+    build(name, seed=seed, dtype=dtype).save_pretrained(path)
+    return path
+
+
+def tokens(samples: int = 4, length: int = 16, seed: int = 0) -> torch.Tensor:
+    """Random token ids ``[samples, length]``, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (samples, length), generator=generator)

@@ -1,0 +1,154 @@
+"""The sweep on every architecture: an identity treatment changes nothing, and blocks see what they should."""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from compress.core.artifact import Artifact
+from compress.core.run import CalibrationSource, Run
+from compress.models.blocks import Recording, Reentry, find_blocks
+from compress.models.checkpoint import Checkpoint
+from compress.models.load import skeleton
+from compress.numerics.statistic import Statistic
+from compress.sweep.matrices import find_matrices
+from compress.sweep.sweep import Sweep
+from compress.sweep.treatment import Replacement, Treated, Treatment
+from tests import models_zoo
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Dense(Replacement):
+    weight: torch.Tensor
+
+    def rows(self, start: int, stop: int) -> "Dense":
+        return Dense(self.weight[start:stop])
+
+    def value(self) -> torch.Tensor:
+        return self.weight
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        return {"weight": self.weight}
+
+
+class RowCount(Statistic):
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+        self.tokens = 0
+
+    def add(self, rows: torch.Tensor) -> None:
+        assert rows.shape[1] == self.columns
+        self.tokens += rows.shape[0]
+
+
+class Identity(Treatment):
+    """Puts back what it got, after looking at every input."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self.seen: list[int] = []
+
+    @property
+    def calibrated(self) -> bool:
+        return True
+
+    def statistic(self, columns: int, device: torch.device) -> Statistic:
+        return RowCount(columns)
+
+    def treat(self, weight: torch.Tensor, statistic: Statistic | None, label: Hashable) -> Treated:
+        assert statistic is not None
+        self.seen.append(statistic.tokens)
+        return Treated(Dense(weight))
+
+    def rebuilt(self, parts: Mapping[str, torch.Tensor], label: Hashable) -> Replacement:
+        return Dense(parts["weight"])
+
+    def encode(
+        self, weight: str, parts: Mapping[str, torch.Tensor], label: Hashable
+    ) -> dict[str, torch.Tensor]:
+        return {weight: parts["weight"]}
+
+    def configuration(self) -> dict[str, Any]:
+        return dict(self.config)
+
+
+def on_disk(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as handle:
+            tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    return tensors
+
+
+@pytest.mark.parametrize("name", models_zoo.CONFIGURATIONS)
+def test_an_identity_sweep_gives_the_same_weights_to_the_bit(name: str, tmp_path: Path) -> None:
+    source = Artifact.open(models_zoo.write(name, tmp_path))
+    save_file({"input_ids": models_zoo.tokens(8, 16)}, tmp_path / "tokens.safetensors")
+    target = tmp_path / "out"
+    target.mkdir()
+    calibration = CalibrationSource(str(tmp_path / "tokens.safetensors"), 8, 16, 4)
+    run = Run(scratch=target / ".progress", calibration=calibration)
+    model = skeleton(source)
+    treatment = Identity(source.config)
+    with Checkpoint(source, model) as checkpoint:
+        labels = {
+            matrix: "as it is"
+            for block in find_blocks(model)
+            for matrix in find_matrices(model, block.name, checkpoint).matrices
+        }
+        outcome = Sweep(treatment, source, target, run, model, checkpoint, labels, CPU).apply()
+    before, after = on_disk(source.path), on_disk(target)
+    assert before.keys() == after.keys()
+    for tensor_name, tensor in before.items():
+        assert torch.equal(tensor, after[tensor_name]), tensor_name
+    assert outcome.decisions["matrices"] == len(labels)
+    expected = set(outcome.tensors)
+    assert expected == set(before)
+    if labels:
+        # Every token passes every layer of an ordinary block; experts share them out.
+        assert max(treatment.seen) % (8 * 16) == 0
+
+
+@pytest.mark.parametrize("name", models_zoo.CONFIGURATIONS)
+def test_reentry_gives_the_hidden_states_of_the_plain_model(name: str, tmp_path: Path) -> None:
+    source = Artifact.open(models_zoo.write(name, tmp_path))
+    plain = skeleton(source)
+    with Checkpoint(source, plain) as checkpoint:
+        checkpoint.load(checkpoint.names, CPU)
+    plain.tie_weights()
+    batch = {"input_ids": models_zoo.tokens(2, 16)}
+    expected: dict[str, torch.Tensor] = {}
+    for block in find_blocks(plain):
+        block.module.register_forward_hook(
+            lambda _, __, output, name=block.name: expected.__setitem__(
+                name, (output if isinstance(output, torch.Tensor) else output[0]).clone()
+            )
+        )
+    with torch.no_grad():
+        final = plain(**batch)
+
+    model = skeleton(source)
+    blocks = find_blocks(model)
+    recording = Recording()
+    with Checkpoint(source, model) as checkpoint, Reentry(model, blocks, CPU) as reentry:
+        outside = [
+            n
+            for n in checkpoint.names
+            if not any(checkpoint.target[n].startswith(b.name + ".") for b in blocks)
+        ]
+        checkpoint.load(outside, CPU)
+        model.tie_weights()
+        for block in blocks:
+            checkpoint.load_module(block.name, CPU)
+            reentry.advance(block.position, batch, recording)
+            checkpoint.release(block.name)
+            assert torch.equal(recording.hidden[block.stack], expected[block.name]), block.name
+        output = reentry.run(len(blocks), batch, recording)
+    assert torch.equal(output[0], final[0])
