@@ -113,7 +113,9 @@ def tokenizer(source: Artifact, *, trust_remote_code: bool = False) -> Any:
     """
     try:
         with quiet():
-            return transformers.AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+            return transformers.AutoTokenizer.from_pretrained(
+                source.path, trust_remote_code=trust_remote_code
+            )
     except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
         raise ModelError(
             f"the tokenizer of {source.path} cannot be loaded: {error}",

@@ -102,9 +102,11 @@ def prepared(source: Artifact, quantization: Mapping[str, Any] | None, run: Run)
         # The library draws a bar for the layout of the modules, which is done in a moment.
         with quiet(), contextlib.redirect_stderr(io.StringIO()), torch.device("meta"):
             quantizer.preprocess_model(model=model, dtype=dtype)
-            # transformers initialises what a checkpoint leaves out, and some models' own code for it
-            # reaches for weights that are packed.
-            model.initialize_weights()
+        # transformers initialises what a checkpoint leaves out, and some models' own code for it reaches
+        # for weights that are packed. A skeleton counts as initialised, until it is unmarked.
+        for module in model.modules():
+            module._is_hf_initialized = False
+        model.initialize_weights()
     except (AttributeError, TypeError, ValueError, RuntimeError, ImportError) as error:
         raise PlanError(
             f"stock transformers cannot load {type(model).__name__} with this quantization: {error}"
