@@ -6,13 +6,10 @@ the same operations and their reverse, applied to the part of the model that is 
 """
 
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
-from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -25,6 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from compress.core.artifact import Artifact
 from compress.core.errors import ModelError
+from compress.models.headers import Tensor, read_model
 from compress.models.load import quiet
 
 
@@ -32,7 +30,7 @@ class Checkpoint:
     """The weight files of an artifact beside the skeleton of its model.
 
     Args:
-        source: the artifact; its files are opened when they are needed and closed by `close`.
+        source: the artifact; a tensor is read when it is asked for.
         model: a skeleton (`compress.models.load.skeleton`), possibly prepared by a quantizer.
         quantizer: transformers' quantizer of a compressed artifact, or none.
     """
@@ -41,34 +39,13 @@ class Checkpoint:
         self.source = source
         self.model = model
         self._quantizer = quantizer
-        self._stack = ExitStack()
-        self._handles: dict[Path, Any] = {}
-        self._file_of = self._index(source)
+        self._entries = read_model(source.path)
         self._mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
         self.target = self._targets(self._mapping, self.names)
         # The way back is that of float weights; a quantizer's own operations have none. Renaming the float
         # names marks the rules that this checkpoint needs, as transformers does while it loads.
         self._back = get_model_conversion_mapping(model)
         self._targets(self._back, [name.removesuffix("_packed") for name in self.names])
-
-    def _index(self, source: Artifact) -> dict[str, Path]:
-        where: dict[str, Path] = {}
-        for file in source.weight_files:
-            if file.suffix != ".safetensors" or file.parent != source.path:
-                continue
-            for name in self._open(file).keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                if name in where:
-                    raise ModelError(
-                        f"{source.path}: tensor '{name}' is in both {where[name].name} and {file.name}",
-                        "remove the stale weight file",
-                    )
-                where[name] = file
-        return where
-
-    def _open(self, file: Path) -> Any:
-        if file not in self._handles:
-            self._handles[file] = self._stack.enter_context(safe_open(file, framework="pt"))
-        return self._handles[file]
 
     def _targets(self, mapping: list[Any], names: Iterable[str]) -> dict[str, str]:
         """Name on disk to the (first) name in the module."""
@@ -84,21 +61,10 @@ class Checkpoint:
             targets[name] = renamed
         return targets
 
-    def close(self) -> None:
-        """Close the files."""
-        self._stack.close()
-        self._handles.clear()
-
-    def __enter__(self) -> "Checkpoint":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     @property
     def names(self) -> list[str]:
         """All names on disk, sorted."""
-        return sorted(self._file_of)
+        return sorted(self._entries)
 
     def names_of(self, module: str) -> list[str]:
         """The names on disk of everything inside one module, sorted."""
@@ -106,17 +72,16 @@ class Checkpoint:
         return [name for name in self.names if self.target[name].startswith(prefix)]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor as it is on disk, backed by the file where the platform allows it."""
-        return self._open(self._file_of[name]).get_tensor(name)  # type: ignore[no-any-return]
+        """One tensor as it is on disk, in memory of its own."""
+        return _Stored(self._entries[name])[...]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor, from the header."""
-        return tuple(self._open(self._file_of[name]).get_slice(name).get_shape())
+        return self._entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of one tensor on disk, from the header."""
-        code = self._open(self._file_of[name]).get_slice(name).get_dtype()
-        return _DTYPES[code]
+        return _Stored(self._entries[name]).dtype
 
     def load(self, names: Iterable[str], device: torch.device) -> None:
         """Bring tensors from disk into their modules.
@@ -124,7 +89,7 @@ class Checkpoint:
         Raises:
             ModelError: a tensor belongs nowhere, has another shape than its module, or cannot be converted.
         """
-        part = {name: self._open(self._file_of[name]).get_slice(name) for name in names}
+        part = {name: _Stored(self._entries[name]) for name in names}
         config = LoadStateDictConfig(
             dtype=self.model.dtype,
             weight_mapping=self._mapping,
@@ -190,6 +155,46 @@ class Checkpoint:
         with quiet():
             reverted: dict[str, torch.Tensor] = revert_weight_conversion(self.model, dict(tensors))
         return reverted
+
+
+class _Stored:
+    """A tensor on disk that is read when it is indexed: what transformers' loader takes for a slice.
+
+    The safetensors library maps files into memory. A mapped weight that is changed in place turns into
+    private pages that live as long as the mapping, so a sweep over a large model would end up holding all
+    of it; reading each tensor into memory of its own lets a finished block go.
+    """
+
+    def __init__(self, entry: Tensor) -> None:
+        self._entry = entry
+
+    @property
+    def dtype(self) -> torch.dtype:
+        if self._entry.dtype not in _DTYPES:
+            raise ModelError(
+                f"{self._entry.file}: '{self._entry.name}' is {self._entry.dtype}, which torch does not know",
+                f"known: {', '.join(_DTYPES)}",
+            )
+        return _DTYPES[self._entry.dtype]
+
+    def get_dtype(self) -> str:
+        return self._entry.dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self._entry.shape)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        raw = torch.empty(self._entry.end - self._entry.start, dtype=torch.uint8)
+        if raw.numel():
+            with self._entry.file.open("rb", buffering=0) as stream:
+                stream.seek(self._entry.start)
+                view, filled = memoryview(raw.numpy()), 0
+                while filled < len(view):
+                    count = stream.readinto(view[filled:])
+                    if not count:
+                        raise ModelError(f"{self._entry.file} ended while it was read", "was it replaced?")
+                    filled += count
+        return raw.view(self.dtype).reshape(self._entry.shape)[index]
 
 
 _DTYPES: dict[str, torch.dtype] = {

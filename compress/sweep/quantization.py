@@ -36,10 +36,10 @@ def check(rounder: Rounder, source: Artifact, run: Run) -> Needs:
     if rounder.calibrated and run.calibration is None:
         raise PlanError("the method needs calibration text", "give --calibration TEXT or data.calibration")
     model = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
-    with Checkpoint(source, model) as checkpoint:
-        selection = select(rounder, model, checkpoint, CompressedTensors())
-        _configuration(selection, source, run)
-        return predict(rounder, selection, model, checkpoint, CompressedTensors(), run)
+    checkpoint = Checkpoint(source, model)
+    selection = select(rounder, model, checkpoint, CompressedTensors())
+    _configuration(selection, source, run)
+    return predict(rounder, selection, model, checkpoint, CompressedTensors(), run)
 
 
 def quantize(rounder: Rounder, source: Artifact, target: Path, run: Run) -> Outcome:
@@ -55,11 +55,11 @@ def quantize(rounder: Rounder, source: Artifact, target: Path, run: Run) -> Outc
     for name, buffer in list(model.named_buffers()):
         module, _, leaf = name.rpartition(".")
         model.get_submodule(module)._buffers[leaf] = buffer.to(device)
-    with Checkpoint(source, model) as checkpoint:
-        selection = select(rounder, model, checkpoint, CompressedTensors())
-        config = _configuration(selection, source, run)
-        treatment = _Rounding(rounder, storage, config, CompressedTensors())
-        outcome = Sweep(treatment, source, target, run, model, checkpoint, selection.schemes, device).apply()
+    checkpoint = Checkpoint(source, model)
+    selection = select(rounder, model, checkpoint, CompressedTensors())
+    config = _configuration(selection, source, run)
+    treatment = _Rounding(rounder, storage, config, CompressedTensors())
+    outcome = Sweep(treatment, source, target, run, model, checkpoint, selection.schemes, device).apply()
     decisions = {"format": CompressedTensors.name, "kept": dict(sorted(selection.kept.items()))}
     return replace(outcome, decisions={**decisions, **outcome.decisions})
 

@@ -30,6 +30,7 @@ from compress.models.load import tokenizer
 from compress.sweep.activations import Activations
 from compress.sweep.collector import Collector, Enough, Shared
 from compress.sweep.matrices import Matrix
+from compress.sweep.memory import return_freed
 from compress.sweep.treatment import Replacement, Treatment
 from compress.sweep.unit import UnitRecord, encode, write_unit
 
@@ -91,6 +92,7 @@ class Sweep:
             for block in blocks:
                 records.append(self._finished(block.name, block.position) or self._block(block, activations))
                 self.checkpoint.release(block.name)
+                return_freed()
                 advance(1)
             records.append(self._finished(OUTSIDE, len(blocks)) or self._outside(activations))
             advance(1)

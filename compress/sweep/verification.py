@@ -23,6 +23,7 @@ from compress.models.blocks import find_blocks
 from compress.models.checkpoint import Checkpoint
 from compress.models.load import loaded_dtype, quiet, skeleton
 from compress.numerics.fingerprint import fingerprint
+from compress.sweep.memory import return_freed
 
 _HINT = "the artifact is damaged or was written wrongly: make it again, and report it if that does not help"
 
@@ -62,12 +63,11 @@ def verify_weights(
         raise VerificationError(f"{starved[0]} was never calibrated", _HINT)
     try:
         model, quantizer = prepared(artifact, artifact.config.get("quantization_config"), run)
-        with Checkpoint(artifact, model, quantizer) as checkpoint, contextlib.ExitStack() as stack:
-            original = None
-            if source is not None:
-                bare = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
-                original = stack.enter_context(Checkpoint(source, bare))
-            return _Verification(model, checkpoint, lineage, run, original).run()
+        original = None
+        if source is not None:
+            bare = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
+            original = Checkpoint(source, bare)
+        return _Verification(model, Checkpoint(artifact, model, quantizer), lineage, run, original).run()
     except VerificationError:
         raise
     except CompressError as error:
@@ -133,6 +133,7 @@ class _Verification:
                 self.checkpoint.load_module(part, torch.device("cpu"))
                 seen |= self._compare(part, self.checkpoint.names_of(part))
                 self.checkpoint.release(part)
+                return_freed()
                 advance(1)
             self.run_.reporter.event("verify.block", block="outside")
             seen |= self._outside(parts)

@@ -97,13 +97,13 @@ def test_an_identity_sweep_gives_the_same_weights_to_the_bit(name: str, tmp_path
     run = Run(scratch=target / ".progress", calibration=calibration)
     model = skeleton(source)
     treatment = Identity(source.config)
-    with Checkpoint(source, model) as checkpoint:
-        labels = {
-            matrix: "as it is"
-            for block in find_blocks(model)
-            for matrix in find_matrices(model, block.name, checkpoint).matrices
-        }
-        outcome = Sweep(treatment, source, target, run, model, checkpoint, labels, CPU).apply()
+    checkpoint = Checkpoint(source, model)
+    labels = {
+        matrix: "as it is"
+        for block in find_blocks(model)
+        for matrix in find_matrices(model, block.name, checkpoint).matrices
+    }
+    outcome = Sweep(treatment, source, target, run, model, checkpoint, labels, CPU).apply()
     before, after = on_disk(source.path), on_disk(target)
     assert before.keys() == after.keys()
     for tensor_name, tensor in before.items():
@@ -120,8 +120,8 @@ def test_an_identity_sweep_gives_the_same_weights_to_the_bit(name: str, tmp_path
 def test_reentry_gives_the_hidden_states_of_the_plain_model(name: str, tmp_path: Path) -> None:
     source = Artifact.open(models_zoo.write(name, tmp_path))
     plain = skeleton(source)
-    with Checkpoint(source, plain) as checkpoint:
-        checkpoint.load(checkpoint.names, CPU)
+    checkpoint = Checkpoint(source, plain)
+    checkpoint.load(checkpoint.names, CPU)
     plain.tie_weights()
     batch = {"input_ids": models_zoo.tokens(2, 16)}
     expected: dict[str, torch.Tensor] = {}
@@ -137,14 +137,11 @@ def test_reentry_gives_the_hidden_states_of_the_plain_model(name: str, tmp_path:
     model = skeleton(source)
     blocks = find_blocks(model)
     recording = Recording()
-    with Checkpoint(source, model) as checkpoint, Reentry(model, blocks, CPU) as reentry:
-        outside = [
-            n
-            for n in checkpoint.names
-            if not any(checkpoint.target[n].startswith(b.name + ".") for b in blocks)
-        ]
-        checkpoint.load(outside, CPU)
-        model.tie_weights()
+    checkpoint = Checkpoint(source, model)
+    inside = tuple(f"{block.name}." for block in blocks)
+    checkpoint.load([n for n in checkpoint.names if not checkpoint.target[n].startswith(inside)], CPU)
+    model.tie_weights()
+    with Reentry(model, blocks, CPU) as reentry:
         for block in blocks:
             checkpoint.load_module(block.name, CPU)
             reentry.advance(block.position, batch, recording)

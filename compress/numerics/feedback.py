@@ -1,0 +1,244 @@
+"""Rounding a matrix so that the output of its layer changes least: error feedback and refinement.
+
+Everything here minimises ``tr((W - V) H (W - V)^T)`` over the matrices ``V`` that a scheme can hold.
+Matrices are worked on transposed, columns of the weight as contiguous rows, since every method walks
+over the columns of all rows at once.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from compress.core.scheme import Scheme
+from compress.numerics.affine import Quantized
+from compress.numerics.grouping import group_width, row_chunks
+from compress.numerics.hessian import FeedbackFactor, Hessian
+from compress.numerics.precision import full_precision
+
+WORKING_ELEMENTS = 1 << 26
+"""Weights that are worked on at once: 256 MiB of float32 for each of up to four copies."""
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Levels of a scheme, transposed: ``step`` and ``zero`` are float32 ``[groups, rows]``."""
+
+    step: torch.Tensor
+    zero: torch.Tensor | None
+    lowest: int
+    highest: int
+    width: int
+    storage: torch.dtype
+
+    @classmethod
+    def of(
+        cls, scale: torch.Tensor, zero: torch.Tensor | None, scheme: Scheme, columns: int, rows: slice
+    ) -> "_Grid":
+        return cls(
+            scale[rows].float().T.contiguous(),
+            None if zero is None else zero[rows].float().T.contiguous(),
+            scheme.lowest,
+            scheme.highest,
+            group_width(columns, scheme),
+            scale.dtype,
+        )
+
+    def columns_to_groups(self, columns: torch.Tensor) -> list[int]:
+        """The group of each column."""
+        groups: list[int] = (columns // self.width).tolist()
+        return groups
+
+    def nearest(self, target: torch.Tensor, group: int) -> torch.Tensor:
+        """The nearest integers, as floats, for columns of one group; ``target`` is ``[..., rows]``."""
+        levels = torch.div(target, self.step[group]).round_()
+        if self.zero is not None:
+            levels.add_(self.zero[group])
+        return levels.clamp_(self.lowest, self.highest)
+
+    def values(self, levels: torch.Tensor, group: int) -> torch.Tensor:
+        """What a loader makes of the integers, rounded to the storage dtype."""
+        offset = levels if self.zero is None else levels - self.zero[group]
+        value = offset * self.step[group]
+        return value if self.storage == torch.float32 else value.to(self.storage).float()
+
+
+def round_with_feedback(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    scheme: Scheme,
+    factor: FeedbackFactor,
+    block: int = 128,
+) -> Quantized:
+    """Round column after column, passing each column's error on to those that follow: GPTQ.
+
+    Frantar et al. 2023, arXiv 2210.17323, algorithm 1, in the equivalent form of QuIP's LDLQ. Errors are
+    those of the values that a loader will see. Rows do not depend on each other and are handled in
+    chunks, so that the extra memory is bounded.
+
+    Args:
+        weight: float32 ``[rows, columns]``; not changed.
+        scale: ``[rows, groups]`` in the storage dtype; groups are those of the original columns.
+        zero: int8 ``[rows, groups]``, or ``None`` for a symmetric scheme.
+        scheme: bits, group, symmetry and range.
+        factor: of the damped Hessian, `Hessian.factor`.
+        block: columns between two updates of all later targets. It changes the speed, and the result
+            only within rounding.
+    """
+    q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    with full_precision():
+        for rows in row_chunks(weight, WORKING_ELEMENTS):
+            grid = _Grid.of(scale, zero, scheme, weight.shape[1], rows)
+            q[rows] = _fed_back(weight[rows], grid, factor, block)
+    return Quantized(q, scale, zero, scheme)
+
+
+def _fed_back(weight: torch.Tensor, grid: _Grid, factor: FeedbackFactor, block: int) -> torch.Tensor:
+    """The integers of some rows, int8 ``[rows, columns]``."""
+    columns = weight.shape[1]
+    groups = grid.columns_to_groups(factor.order)
+    # Places that are done hold their errors, the others still their weights.
+    state = weight.T[factor.order]
+    levels = torch.empty(state.shape, dtype=torch.int8, device=weight.device)
+    for stop in range(columns, 0, -block):
+        begin = max(0, stop - block)
+        target = torch.addmm(state[begin:stop], factor.unit[stop:, begin:stop].T, state[stop:])
+        inner = factor.unit[begin:stop, begin:stop].T.contiguous()
+        for place in range(stop - 1, begin - 1, -1):
+            local, group = place - begin, groups[place]
+            aim = torch.addmv(target[local], state[place + 1 : stop].T, inner[local, local + 1 :])
+            chosen = grid.nearest(aim, group)
+            levels[place] = chosen
+            state[place].sub_(grid.values(chosen, group))
+    q = torch.empty_like(levels)
+    q[factor.order] = levels
+    return q.T
+
+
+def refine(
+    weight: torch.Tensor,
+    start: Quantized,
+    hessian: Hessian,
+    *,
+    damping: float,
+    sweeps: int,
+    scales: bool = True,
+    block: int = 128,
+) -> Quantized:
+    """Lower the error of a solution by coordinate descent over its scales and integers.
+
+    One sweep re-fits every scale in closed form with the integers held (Lee et al. 2026, "Two-Stage Grid
+    Optimization for Group-wise Quantization of LLMs", arXiv 2602.02126) and then moves every integer to
+    its best value with all others held (Behdin et al. 2023, "QuantEase", arXiv 2309.01885). No step
+    raises the damped error.
+
+    Args:
+        weight: float32 ``[rows, columns]``; not changed.
+        start: the solution to begin with.
+        hessian: of the layer's input.
+        damping: added to the diagonal, relative to its mean; keeps the solution near the weights in
+            directions that the calibration data hardly show.
+        sweeps: passes over all columns; 0 returns ``start``.
+        scales: whether scales are re-fitted too.
+        block: columns that share one large product.
+    """
+    if sweeps == 0:
+        return start
+    q, scale = torch.empty_like(start.q), torch.empty_like(start.scale)
+    ridge = damping * hessian.mean_diagonal
+    with full_precision():
+        for rows in row_chunks(weight, WORKING_ELEMENTS):
+            grid = _Grid.of(start.scale, start.zero, start.scheme, start.columns, rows)
+            descent = _Descent(weight[rows], start.q[rows], grid, hessian.matrix, ridge)
+            for _ in range(sweeps):
+                if scales:
+                    descent.fit_scales()
+                descent.move_integers(block)
+            q[rows] = descent.levels.T
+            scale[rows] = grid.step.T
+    return replace(start, q=q, scale=scale)
+
+
+class _Descent:
+    """The state of a coordinate descent over some rows; all matrices are ``[columns, rows]``."""
+
+    def __init__(
+        self, weight: torch.Tensor, q: torch.Tensor, grid: _Grid, hessian: torch.Tensor, ridge: float
+    ) -> None:
+        self.grid = grid
+        self.levels = q.T.float()
+        self._hessian = hessian
+        self._ridge = ridge
+        self._error = weight.T.contiguous()
+        for group in range(grid.step.shape[0]):
+            part = self._part(group)
+            self._error[part] -= grid.values(self.levels[part], group)
+
+    def _part(self, group: int) -> slice:
+        return slice(group * self.grid.width, (group + 1) * self.grid.width)
+
+    def _slope(self, part: slice) -> torch.Tensor:
+        """Half the negative gradient with respect to the values of some columns."""
+        return torch.addmm(self._error[part], self._hessian[part], self._error, beta=self._ridge)
+
+    def _curvature(self, part: slice) -> torch.Tensor:
+        curvature = self._hessian[part, part].clone()
+        curvature.diagonal().add_(self._ridge)
+        return curvature
+
+    def fit_scales(self) -> None:
+        """Give every group the scale that is best for its integers, where that lowers the error."""
+        limits = torch.finfo(self.grid.storage)
+        for group in range(self.grid.step.shape[0]):
+            part = self._part(group)
+            slope, curvature = self._slope(part), self._curvature(part)
+            levels, step = self.levels[part], self.grid.step[group].clone()
+            offset = levels if self.grid.zero is None else levels - self.grid.zero[group]
+            gain = (slope * offset).sum(0)
+            cost = ((curvature @ offset) * offset).sum(0)
+            fitted = (step + gain / cost).to(self.grid.storage).float()
+            usable = torch.isfinite(fitted) & (fitted.abs() >= limits.smallest_normal)
+            fitted = torch.where(usable, fitted, step)
+            before = self.grid.values(levels, group)
+            self.grid.step[group] = fitted
+            moved = before - self.grid.values(levels, group)
+            better = (moved * (2 * slope + curvature @ moved)).sum(0) < 0
+            self.grid.step[group] = torch.where(better, fitted, step)
+            self._error[part] += moved.mul_(better)
+
+    def move_integers(self, block: int) -> None:
+        """Move every integer to its best value given all others, column after column."""
+        columns = self.levels.shape[0]
+        for begin in range(0, columns, block):
+            part = slice(begin, min(begin + block, columns))
+            slope, curvature = self._slope(part), self._curvature(part)
+            # A column without data and without damping has no curvature, and any value serves it.
+            pivots = curvature.diagonal().clamp_min(torch.finfo(torch.float32).smallest_normal).tolist()
+            moved = torch.zeros_like(slope)
+            for local, column in enumerate(range(part.start, part.stop)):
+                group = column // self.grid.width
+                levels = self.levels[column]
+                value = self.grid.values(levels, group)
+                steepness = torch.addmv(slope[local], moved[:local].T, curvature[local, :local])
+                target = steepness.div_(pivots[local]).add_(value)
+                chosen = self.grid.nearest(target, group)
+                candidate = self.grid.values(chosen, group)
+                better = (candidate - target).abs_() < (value - target).abs_()
+                levels.copy_(torch.where(better, chosen, levels))
+                moved[local] = (value - candidate).mul_(better)
+            self._error[part] += moved
+
+
+def output_error(weight: torch.Tensor, quantized: Quantized, hessian: Hessian) -> float:
+    """Squared error of the layer's output relative to its squared output, over the calibration data.
+
+    ``tr((W - V) H (W - V)^T) / tr(W H W^T)``; 0 where the output is zero.
+    """
+    lost, total = 0.0, 0.0
+    with full_precision():
+        for rows in row_chunks(weight):
+            original = weight[rows].float()
+            error = original - quantized.rows(rows.start, rows.stop).dequantize().float()
+            lost += float(((error @ hessian.matrix) * error).sum(dtype=torch.float64))
+            total += float(((original @ hessian.matrix) * original).sum(dtype=torch.float64))
+    return lost / total if total > 0 else 0.0
