@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from random_llama import block_shapes, count_bytes, write_model
+from safetensors.torch import save_file
 from transformers import LlamaConfig
-
-from compress.formats.shards import shard_name, write_index, write_shard
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 1024, 2048, 8192
 SAMPLES, LENGTH, BATCH = 8, 64, 4
@@ -46,10 +46,8 @@ class Reading:
     limited_by: str
 
 
-def write_model(folder: Path, layers: int) -> int:
-    """A random Llama in float32, one shard a block; returns its bytes."""
-    folder.mkdir(parents=True)
-    config = LlamaConfig(
+def configuration(layers: int) -> LlamaConfig:
+    return LlamaConfig(
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         num_hidden_layers=layers,
@@ -57,46 +55,11 @@ def write_model(folder: Path, layers: int) -> int:
         num_key_value_heads=8,
         vocab_size=VOCABULARY,
         tie_word_embeddings=True,
-        architectures=["LlamaForCausalLM"],
-        dtype="float32",
     )
-    config.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-
-    def random(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if name.endswith("norm.weight"):
-            return torch.ones(shape)
-        return torch.randn(shape, generator=generator) * 0.02
-
-    files, total = {}, 0
-    for index in range(layers + 1):
-        shapes = (
-            {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
-            if index == layers
-            else block_shapes(f"model.layers.{index}")
-        )
-        layout = {name: (torch.float32, shape) for name, shape in shapes.items()}
-        file = shard_name(index, layers + 1)
-        total += write_shard(folder / file, layout, lambda n, s=shapes: random(n, s[n]), lambda _: None)
-        files[file] = list(shapes)
-    write_index(folder, files, total)
-    return total
-
-
-def block_shapes(prefix: str) -> dict[str, tuple[int, ...]]:
-    square, wide, narrow = (HIDDEN, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
-    return {
-        **{f"{prefix}.self_attn.{name}_proj.weight": square for name in "qkvo"},
-        f"{prefix}.mlp.gate_proj.weight": wide,
-        f"{prefix}.mlp.up_proj.weight": wide,
-        f"{prefix}.mlp.down_proj.weight": narrow,
-        f"{prefix}.input_layernorm.weight": (HIDDEN,),
-        f"{prefix}.post_attention_layernorm.weight": (HIDDEN,),
-    }
 
 
 def block_bytes() -> int:
-    return sum(4 * torch.Size(shape).numel() for shape in block_shapes("x").values())
+    return count_bytes(block_shapes(configuration(1), 0), torch.float32)
 
 
 def watch(process: subprocess.Popen[bytes], peaks: dict[str, int]) -> None:
@@ -151,7 +114,7 @@ def import_bytes() -> int:
 def measure(method: str, layers: int, work: Path, imported: int) -> Reading:
     model, out = work / f"model-{layers}", work / f"out-{method}-{layers}"
     size = (
-        write_model(model, layers)
+        write_model(model, configuration(layers), torch.float32)
         if not model.exists()
         else sum(file.stat().st_size for file in model.glob("*.safetensors"))
     )
@@ -173,12 +136,13 @@ def render(readings: list[Reading], imported: int, environment: dict[str, str]) 
     lines = [
         "# Peak memory against depth",
         "",
-        f"Random Llama in float32, width {HIDDEN}, MLP {INTERMEDIATE}, blocks of {block_bytes() / 2**20:.0f} MiB, "
-        f"embeddings of {4 * VOCABULARY * HIDDEN / 2**20:.0f} MiB; {SAMPLES} x {LENGTH} calibration tokens. "
-        f"The import alone: {imported / 2**20:.0f} MiB. The limit is the import, three blocks, the embeddings "
-        "and the activations; the command includes verification.",
+        f"Random Llama in float32, width {HIDDEN}, MLP {INTERMEDIATE}, blocks of "
+        f"{block_bytes() / 2**20:.0f} MiB, embeddings of {4 * VOCABULARY * HIDDEN / 2**20:.0f} MiB; "
+        f"{SAMPLES} x {LENGTH} calibration tokens. The import alone: {imported / 2**20:.0f} MiB. The limit "
+        "is the import, three blocks, the embeddings and the activations; the command includes "
+        "verification. Sizes in MiB.",
         "",
-        "| method | layers | model MiB | limit MiB | model / limit | peak resident MiB | of it anonymous | exit | s |",
+        "| method | layers | model | limit | model / limit | peak resident | peak anonymous | exit | s |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for reading in readings:
@@ -194,7 +158,7 @@ def render(readings: list[Reading], imported: int, environment: dict[str, str]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, nargs="+", default=[8, 32, 192])
+    parser.add_argument("--layers", type=int, nargs="+", default=[8, 32, 112])
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
     parser.add_argument("--report", type=Path, default=Path("reports/memory"))
     parser.add_argument(
@@ -211,8 +175,6 @@ def main() -> None:
     readings: list[Reading] = []
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         work = Path(name)
-        from safetensors.torch import save_file
-
         save_file({"input_ids": torch.randint(3, VOCABULARY, (SAMPLES, LENGTH))}, work / "tokens.safetensors")
         for layers in arguments.layers:
             for method in arguments.methods:
