@@ -160,7 +160,14 @@ def plan(
     folder.claim()
     run = _circumstances(recipe, reporter)
     _check_texts(recipe, run)
-    examine(source, trust_remote_code=recipe.trust_remote_code, deep=True, reporter=reporter)
+    text = run.calibration.text if run.calibration is not None else None
+    examine(
+        source,
+        trust_remote_code=recipe.trust_remote_code,
+        task=recipe.task,
+        reporter=reporter,
+        needs_tokenizer=text is not None and not text.endswith(".safetensors"),
+    )
     steps = _planned(recipe, source, folder, run, single=single, fresh=fresh)
     _check_machine(steps, folder, reporter)
     return Plan(recipe, source, steps, folder, single, run, reporter, fresh)
@@ -237,9 +244,6 @@ def verify(path: Path, *, reporter: Reporter = SILENT, trust_remote_code: bool =
             f"{path} has no lineage (compress.json), so there is nothing to hold it against",
             "verify an artifact that compress made",
         )
-    from compress.models.preflight import examine
-
-    examine(artifact, trust_remote_code=trust_remote_code, deep=False, reporter=reporter)
     digest = artifact.digest
     if digest != artifact.lineage.digest:
         raise VerificationError(

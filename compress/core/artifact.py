@@ -5,6 +5,7 @@ artifact says what it holds (weights, configuration, tokenizer). Times, hosts an
 ``compress.run.json``, so that the same inputs give the same bytes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -190,21 +191,20 @@ def file_digest(file: Path) -> str:
     identity = f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}"
     note = _cache_folder() / hashlib.sha256(identity.encode()).hexdigest()
     caching = os.environ.get("COMPRESS_DIGEST_CACHE", "on") != "off"
-    if caching and note.is_file():
-        remembered = note.read_text(encoding="ascii").strip()
-        if len(remembered) == 64:
-            return remembered
+    if caching:
+        # A home that cannot be read costs time, never correctness.
+        with contextlib.suppress(OSError):
+            remembered = note.read_text(encoding="ascii").strip()
+            if len(remembered) == 64:
+                return remembered
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if caching:
-        try:
+        with contextlib.suppress(OSError):
             note.parent.mkdir(parents=True, exist_ok=True)
             partial = note.with_suffix(f".{os.getpid()}")
             partial.write_text(digest, encoding="ascii")
             partial.replace(note)
-        except OSError:
-            # A read-only home costs time, never correctness.
-            return digest
     return digest
 
 

@@ -101,6 +101,16 @@ class Target:
             TargetError: another run holds it.
         """
         made = self._make_parents()
+        try:
+            with self._held():
+                yield
+        finally:
+            for folder in made:
+                with contextlib.suppress(OSError):  # not empty: it holds the result, or progress towards it
+                    folder.rmdir()
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
         file = self.path.with_name(f".{self.path.name}.lock")
         with file.open("a+", encoding="ascii") as stream:
             try:
@@ -120,9 +130,6 @@ class Target:
             finally:
                 # Removed while it is held, so that nobody can lock a name that is about to go.
                 file.unlink(missing_ok=True)
-        for folder in made:
-            with contextlib.suppress(OSError):  # not empty: it holds the result
-                folder.rmdir()
 
     def _make_parents(self) -> list[Path]:
         """Create the folders above the target; those created, innermost first."""

@@ -10,6 +10,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from safetensors import safe_open
+from transformers.initialization import no_init_weights
 
 from compress.core.artifact import Artifact
 from compress.core.errors import ModelError, UsageError
@@ -73,7 +74,8 @@ def skeleton(
         config._experts_implementation = "eager"
     model_class = resolve(task, source.config).model_class()
     try:
-        with quiet(), init_empty_weights(include_buffers=False):
+        # Nothing is initialised: every parameter comes from the files.
+        with quiet(), no_init_weights(), init_empty_weights(include_buffers=False):
             model = model_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except UsageError:
         raise

@@ -106,7 +106,7 @@ class TextClassification(Task):
     name = "text-classification"
     title = "sequence classifier"
     architectures = ("ForSequenceClassification",)
-    metrics = (*_EVERY_TASK, "encode", "fidelity")
+    metrics = (*_EVERY_TASK, "encode", "accuracy", "fidelity")
     generates = False
 
     def model_class(self) -> Any:
