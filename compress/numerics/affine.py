@@ -230,6 +230,15 @@ def round_to_nearest(
     return Quantized(quantize(weight, scale, zero, scheme), scale, zero, scheme)
 
 
+def smallest_scale(storage: torch.dtype) -> float:
+    """The smallest scale that may be stored.
+
+    Subnormal numbers are allowed in float16, where small weights need them and processors keep them; in
+    bfloat16 and float32 they lie below any real weight and are often flushed to zero.
+    """
+    return 2.0**-24 if storage == torch.float16 else torch.finfo(storage).smallest_normal
+
+
 def _nearest(
     values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
@@ -265,14 +274,8 @@ def _range_to_grid(
 
 
 def _stored(scale: torch.Tensor, extremes: _Extremes, levels: int, storage: torch.dtype) -> torch.Tensor:
-    """Scales rounded to the storage dtype: finite, never zero, and no level beyond the largest number.
-
-    Subnormal numbers are allowed in float16, where small weights need them and processors keep them; in
-    bfloat16 and float32 they lie below any real weight and are often flushed to zero.
-    """
-    limits = torch.finfo(storage)
-    smallest = limits.smallest_normal if storage != torch.float16 else 2.0**-24
-    bounded = scale.clamp(smallest, limits.max / levels * _HEADROOM).to(storage)
+    """Scales rounded to the storage dtype: finite, never zero, and no level beyond the largest number."""
+    bounded = scale.clamp(smallest_scale(storage), torch.finfo(storage).max / levels * _HEADROOM).to(storage)
     return torch.where(extremes.largest == 0, torch.ones_like(bounded), bounded)
 
 

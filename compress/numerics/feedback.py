@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from compress.core.scheme import Scheme
-from compress.numerics.affine import Quantized
+from compress.numerics.affine import Quantized, smallest_scale
 from compress.numerics.grouping import group_width, row_chunks
 from compress.numerics.hessian import FeedbackFactor, Hessian
 from compress.numerics.precision import full_precision
@@ -49,14 +49,17 @@ class _Grid:
         return groups
 
     def nearest(self, target: torch.Tensor, group: int) -> torch.Tensor:
-        """The nearest integers, as floats, for columns of one group; ``target`` is ``[..., rows]``."""
+        """The nearest integers, as floats; ``target`` is ``[rows]``, a column of the group."""
         levels = torch.div(target, self.step[group]).round_()
         if self.zero is not None:
             levels.add_(self.zero[group])
         return levels.clamp_(self.lowest, self.highest)
 
-    def values(self, levels: torch.Tensor, group: int) -> torch.Tensor:
-        """What a loader makes of the integers, rounded to the storage dtype."""
+    def values(self, levels: torch.Tensor, group: int | torch.Tensor) -> torch.Tensor:
+        """What a loader makes of the integers, rounded to the storage dtype.
+
+        ``levels`` is ``[..., rows]``, of one group; or ``[columns, rows]`` with the group of each column.
+        """
         offset = levels if self.zero is None else levels - self.zero[group]
         value = offset * self.step[group]
         return value if self.storage == torch.float32 else value.to(self.storage).float()
@@ -166,10 +169,11 @@ class _Descent:
         self, weight: torch.Tensor, q: torch.Tensor, grid: _Grid, hessian: torch.Tensor, ridge: float
     ) -> None:
         self.grid = grid
-        self.levels = q.T.float()
+        self.levels = q.T.contiguous().float()
         self._hessian = hessian
         self._ridge = ridge
-        self._error = weight.T.contiguous()
+        self._groups = torch.arange(weight.shape[1], device=weight.device) // grid.width
+        self._error = weight.T.clone(memory_format=torch.contiguous_format)
         for group in range(grid.step.shape[0]):
             part = self._part(group)
             self._error[part] -= grid.values(self.levels[part], group)
@@ -181,51 +185,52 @@ class _Descent:
         """Half the negative gradient with respect to the values of some columns."""
         return torch.addmm(self._error[part], self._hessian[part], self._error, beta=self._ridge)
 
-    def _curvature(self, part: slice) -> torch.Tensor:
-        curvature = self._hessian[part, part].clone()
-        curvature.diagonal().add_(self._ridge)
-        return curvature
+    def _bent(self, part: slice, change: torch.Tensor) -> torch.Tensor:
+        """The damped Hessian of some columns times a change of their values."""
+        return torch.addmm(change, self._hessian[part, part], change, beta=self._ridge)
 
     def fit_scales(self) -> None:
         """Give every group the scale that is best for its integers, where that lowers the error."""
-        limits = torch.finfo(self.grid.storage)
+        smallest = smallest_scale(self.grid.storage)
         for group in range(self.grid.step.shape[0]):
             part = self._part(group)
-            slope, curvature = self._slope(part), self._curvature(part)
-            levels, step = self.levels[part], self.grid.step[group].clone()
+            slope, levels = self._slope(part), self.levels[part]
             offset = levels if self.grid.zero is None else levels - self.grid.zero[group]
             gain = (slope * offset).sum(0)
-            cost = ((curvature @ offset) * offset).sum(0)
+            cost = (self._bent(part, offset) * offset).sum(0)
+            step = self.grid.step[group].clone()
             fitted = (step + gain / cost).to(self.grid.storage).float()
-            usable = torch.isfinite(fitted) & (fitted.abs() >= limits.smallest_normal)
-            fitted = torch.where(usable, fitted, step)
+            # A group whose integers are all zero has no best scale, and a scale must not vanish.
+            usable = torch.isfinite(fitted) & (fitted.abs() >= smallest)
             before = self.grid.values(levels, group)
-            self.grid.step[group] = fitted
+            self.grid.step[group] = torch.where(usable, fitted, step)
             moved = before - self.grid.values(levels, group)
-            better = (moved * (2 * slope + curvature @ moved)).sum(0) < 0
-            self.grid.step[group] = torch.where(better, fitted, step)
-            self._error[part] += moved.mul_(better)
+            better = (moved * (2 * slope + self._bent(part, moved))).sum(0) < 0
+            self.grid.step[group] = torch.where(better, self.grid.step[group], step)
+            self._error[part] += torch.where(better, moved, 0)
 
     def move_integers(self, block: int) -> None:
         """Move every integer to its best value given all others, column after column."""
         columns = self.levels.shape[0]
         for begin in range(0, columns, block):
             part = slice(begin, min(begin + block, columns))
-            slope, curvature = self._slope(part), self._curvature(part)
+            slope = self._slope(part)
+            curvature = self._hessian[part, part].clone()
             # A column without data and without damping has no curvature, and any value serves it.
-            pivots = curvature.diagonal().clamp_min(torch.finfo(torch.float32).smallest_normal).tolist()
+            pivots = curvature.diagonal().add_(self._ridge).clamp(min=2.0**-126).tolist()
+            groups = self._groups[part]
+            values = self.grid.values(self.levels[part], groups)
             moved = torch.zeros_like(slope)
-            for local, column in enumerate(range(part.start, part.stop)):
-                group = column // self.grid.width
-                levels = self.levels[column]
-                value = self.grid.values(levels, group)
+            for local, group in enumerate(groups.tolist()):
+                levels, value = self.levels[begin + local], values[local]
                 steepness = torch.addmv(slope[local], moved[:local].T, curvature[local, :local])
-                target = steepness.div_(pivots[local]).add_(value)
-                chosen = self.grid.nearest(target, group)
-                candidate = self.grid.values(chosen, group)
-                better = (candidate - target).abs_() < (value - target).abs_()
-                levels.copy_(torch.where(better, chosen, levels))
-                moved[local] = (value - candidate).mul_(better)
+                wish = steepness.div_(pivots[local])
+                chosen = self.grid.nearest(value + wish, group)
+                change = value - self.grid.values(chosen, group)
+                # Whether the new value is nearer to the wish: |change + wish| < |wish|.
+                better = torch.add(change, wish, alpha=2).mul_(change) < 0
+                torch.where(better, chosen, levels, out=levels)
+                torch.mul(change, better, out=moved[local])
             self._error[part] += moved
 
 

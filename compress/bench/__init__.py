@@ -1,0 +1,1 @@
+"""One paired experiment, before and after."""

@@ -1,0 +1,144 @@
+"""The arms of an experiment: models on runtimes, and which pairs are compared."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress.bench.metrics import Stage, find
+from compress.bench.results import ArmResult, Fault, merged
+from compress.core.artifact import Artifact
+from compress.core.errors import UsageError, did_you_mean
+from compress.core.gate import Gate
+from compress.core.measurement import Measurement
+from compress.models.tasks import Task
+
+
+@dataclass
+class Arm:
+    """One model on one runtime, while it is measured.
+
+    Attributes:
+        model: ``before``, ``after``, or the folder's name where there are several.
+        reference: the BEFORE on the same runtime; none for a BEFORE.
+        unavailable: why the runtime cannot run the model; nothing more is then tried.
+    """
+
+    model: str
+    role: str
+    runtime: str
+    artifact: Artifact
+    digest: str
+    metrics: tuple[str, ...]
+    reference: "Arm | None" = None
+    unavailable: str | None = None
+    measurements: dict[str, Measurement] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    launches: list[Mapping[str, Any]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """As gates spell it."""
+        return f"{self.model}@{self.runtime}"
+
+    def metrics_at(self, stage: Stage) -> list[str]:
+        """The metrics that are taken at a stage."""
+        return [name for name in self.metrics if find(name).stage is stage]
+
+    def set_missing(self, stage: Stage, reason: str) -> None:
+        """All quantities of a stage are ``n/a``."""
+        for name in self.metrics_at(stage):
+            self.measurements.update(find(name).missing(reason))
+
+    def add_launch(self, measurements: Mapping[str, Any]) -> None:
+        """The measurements of one more timed launch; all launches so far make the values."""
+        self.launches.append(measurements)
+        for quantity in measurements:
+            self.measurements[quantity] = merged([launch[quantity] for launch in self.launches])
+
+    def result(self) -> ArmResult:
+        """What the results file says of it."""
+        return ArmResult(
+            name=self.name,
+            model=self.model,
+            role="before" if self.role == "before" else "after",
+            runtime=self.runtime,
+            path=str(self.artifact.path),
+            digest=self.digest,
+            measurements=dict(self.measurements),
+            facts=dict(self.facts),
+            faults=tuple(self.faults),
+        )
+
+
+def arms_of(before: Artifact, after: Sequence[Artifact], runtimes: Sequence[str], task: Task) -> list[Arm]:
+    """Every model on every runtime, BEFORE first."""
+    digests = {artifact.path: artifact.digest for artifact in (before, *after)}
+    references = {
+        runtime: Arm("before", "before", runtime, before, digests[before.path], task.metrics)
+        for runtime in runtimes
+    }
+    arms = list(references.values())
+    for name, artifact in zip(model_names([artifact.path for artifact in after]), after, strict=True):
+        digest = digests[artifact.path]
+        arms += [
+            Arm(name, "after", runtime, artifact, digest, task.metrics, references[runtime])
+            for runtime in runtimes
+        ]
+    return arms
+
+
+def model_names(paths: Sequence[Path]) -> list[str]:
+    """``after`` for one; the folders' names for several, numbered where they are the same."""
+    if len(paths) == 1:
+        return ["after"]
+    names: list[str] = []
+    for path in paths:
+        stem = path.resolve().name.replace("@", "-")
+        taken = {*names, "before", "after"}
+        names.append(next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10**6))) if n not in taken))
+    return names
+
+
+def baseline(arm: ArmResult, arms: Sequence[ArmResult]) -> ArmResult:
+    """The arm that an AFTER is compared with: BEFORE on its runtime, else on the first that ran it.
+
+    A runtime for integers alone cannot run BEFORE; its arm is then compared with BEFORE on the first
+    runtime, and AFTER on that first runtime is the control that tells what the runtime itself does.
+    """
+    references = [other for other in arms if other.role == "before"]
+    running = [other for other in references if "unavailable" not in other.facts]
+    same = [other for other in running if other.runtime == arm.runtime]
+    return (same or running or references)[0]
+
+
+def chosen(specification: str | None, role: str, arms: Sequence[ArmResult]) -> list[ArmResult]:
+    """The arms that a gate's word means: a name with ``@runtime``, a model on the first runtime, or a role.
+
+    Raises:
+        UsageError: no arm has this name.
+    """
+    first = arms[0].runtime
+    if specification is None:
+        return [arm for arm in arms if arm.role == role and arm.runtime == first]
+    wanted, _, runtime = specification.partition("@")
+    found = [arm for arm in arms if wanted in (arm.model, arm.role) and arm.runtime == (runtime or first)]
+    if not found:
+        raise UsageError(
+            f"gate: no arm is called '{specification}'",
+            did_you_mean(specification, [arm.name for arm in arms]),
+        )
+    return found
+
+
+def check_arms(gates: Sequence[Gate], arms: Sequence[Arm]) -> None:
+    """Refuse a gate on an arm that there is not.
+
+    Raises:
+        UsageError: naming the nearest arm.
+    """
+    results = [arm.result() for arm in arms]
+    for gate in gates:
+        chosen(gate.arms.after, "after", results)
+        chosen(gate.arms.before, "before", results)

@@ -1,0 +1,180 @@
+"""What a bench measures, one metric a file: ``metrics/decode.py`` gives ``decode.tokens_per_second``.
+
+A metric says which quantities it gives, in which unit, which direction is an improvement, and at which
+stage of an experiment it is taken. Nothing here imports torch.
+"""
+
+import importlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from compress.bench.options import Options
+from compress.core.artifact import Artifact
+from compress.core.errors import PlanError
+from compress.core.measurement import Direction, Measurement, Summary
+
+if TYPE_CHECKING:
+    from compress.bench.material import Material
+    from compress.models.tasks import Task
+    from compress.runtimes import Session
+
+
+class Stage(StrEnum):
+    """When a metric is taken."""
+
+    FILES = "files"  # from the files alone, without running the model
+    TIMING = "timing"  # in every timed launch, interleaved with the other arms
+    MEMORY = "memory"  # in a pass of its own, so that nothing else has touched the memory
+    SCORING = "scoring"  # once over the text
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One number that a metric gives.
+
+    Attributes:
+        name: as gates spell it.
+        title: for a table.
+        unit: of the value.
+        better: which change is an improvement.
+        shown: whether the short table has a row for it.
+    """
+
+    name: str
+    title: str
+    unit: str
+    better: Direction
+    shown: bool = True
+
+    def exact(self, value: float, conditions: Mapping[str, Any] | None = None) -> Measurement:
+        """A value without sampling error."""
+        return Measurement.exact(value, self.unit, self.better, conditions)
+
+    def missing(self, reason: str) -> Measurement:
+        """``n/a`` with a reason."""
+        return Measurement.missing(reason, unit=self.unit, better=self.better)
+
+    def sampled(
+        self,
+        samples: Sequence[float],
+        summary: Summary,
+        *,
+        weights: Sequence[float] | None = None,
+        clusters: Sequence[int] | None = None,
+        conditions: Mapping[str, Any] | None = None,
+    ) -> Measurement:
+        """A value from its samples."""
+        return Measurement.sampled(
+            samples,
+            summary=summary,
+            unit=self.unit,
+            better=self.better,
+            weights=weights,
+            clusters=clusters,
+            conditions=conditions,
+        )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, and on what.
+
+    Attributes:
+        artifact: the model folder.
+        task: what the model does.
+        options: of the experiment.
+        session: the model in memory; not there at the stage ``files``.
+        reference: BEFORE in memory, while an AFTER is scored.
+        material: tokens and labels; not there at the stage ``files``.
+        load_seconds: what loading took.
+        baseline: memory of the process before the model was loaded, bytes by kind.
+        memo: what one metric computed and another may read, so that a text is run through once.
+    """
+
+    artifact: Artifact
+    task: "Task"
+    options: Options
+    session: "Session | None" = None
+    reference: "Session | None" = None
+    material: "Material | None" = None
+    load_seconds: float = 0.0
+    baseline: Mapping[str, int] | None = None
+    memo: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def running(self) -> "Session":
+        """The session.
+
+        Raises:
+            ValueError: the metric is taken at a stage where no model runs.
+        """
+        if self.session is None:
+            raise ValueError("no model runs at this stage")
+        return self.session
+
+    @property
+    def given(self) -> "Material":
+        """The material.
+
+        Raises:
+            ValueError: the metric is taken at a stage without one.
+        """
+        if self.material is None:
+            raise ValueError("no material is given at this stage")
+        return self.material
+
+
+class Metric(ABC):
+    """One kind of measurement. Has no state."""
+
+    title: ClassVar[str]
+    stage: ClassVar[Stage]
+    quantities: ClassVar[tuple[Quantity, ...]]
+
+    @abstractmethod
+    def measure(self, subject: Subject) -> dict[str, Measurement]:
+        """All its quantities by name; one that cannot be measured is ``n/a`` with a reason."""
+
+    def missing(self, reason: str) -> dict[str, Measurement]:
+        """All its quantities as ``n/a``."""
+        return {quantity.name: quantity.missing(reason) for quantity in self.quantities}
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The stems of all metric files, without importing any."""
+    folder = Path(__file__).resolve().parent
+    return tuple(file.stem for file in sorted(folder.glob("*.py")) if not file.stem.startswith("_"))
+
+
+@cache
+def find(name: str) -> Metric:
+    """The metric in a file.
+
+    Raises:
+        PlanError: the file breaks the contract: one metric, whose quantities carry the file's name.
+    """
+    module = importlib.import_module(f"{__name__}.{name}")
+    found: list[type[Metric]] = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, Metric) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise PlanError(f"{module.__name__} must hold exactly one metric, it holds {len(found)}")
+    metric = found[0]()
+    for quantity in metric.quantities:
+        if quantity.name.partition(".")[0] != name:
+            raise PlanError(f"{module.__name__}: quantity '{quantity.name}' must start with '{name}'")
+    return metric
+
+
+def quantities(metrics: Iterable[str]) -> dict[str, Quantity]:
+    """All quantities of some metrics, by name, in the order of a report."""
+    return {quantity.name: quantity for name in metrics for quantity in find(name).quantities}

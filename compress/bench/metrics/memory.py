@@ -1,0 +1,82 @@
+"""How much memory a model takes while it works.
+
+Read after decoding (or encoding) at the timed shape, in a process that did nothing else. Anonymous memory
+is what the process owns; file-backed memory are mapped weights that the system may drop and read again.
+What the imports alone need is told apart, or small models would all look alike.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, final
+
+import torch
+
+from compress.bench.metrics import Metric, Quantity, Stage, Subject
+from compress.bench.metrics.decode import decoded
+from compress.core.measurement import Measurement
+
+PEAK = Quantity("memory.peak_bytes", "peak memory", "B", "lower")
+ABOVE_IMPORTS = Quantity("memory.peak_above_imports_bytes", "peak memory above imports", "B", "lower")
+ANONYMOUS = Quantity("memory.anonymous_bytes", "anonymous memory", "B", "lower", shown=False)
+FILE_BACKED = Quantity("memory.file_backed_bytes", "file-backed memory", "B", "lower", shown=False)
+WEIGHTS = Quantity("memory.weight_bytes", "weights in memory", "B", "lower")
+ALLOCATED = Quantity("memory.device_allocated_bytes", "GPU memory allocated", "B", "lower")
+RESERVED = Quantity("memory.device_reserved_bytes", "GPU memory reserved", "B", "lower", shown=False)
+
+_STATUS: Final = Path("/proc/self/status")
+_ROWS: Final = {"VmHWM": "peak", "VmRSS": "resident", "RssAnon": "anonymous", "RssFile": "file_backed"}
+
+
+@final
+class Memory(Metric):
+    """Peak host memory, its parts, and the device's."""
+
+    title = "memory"
+    stage = Stage.MEMORY
+    quantities = (PEAK, ABOVE_IMPORTS, ANONYMOUS, FILE_BACKED, WEIGHTS, ALLOCATED, RESERVED)
+
+    def measure(self, subject: Subject) -> dict[str, Measurement]:
+        """After one pass over the timed shape."""
+        session, prompts = subject.running, subject.given.prompts
+        shape = {"batch": prompts.shape[0], "prompt": prompts.shape[1]}
+        if subject.task.generates:
+            decoded(session, session.prefill(prompts), subject.options.new_tokens)
+            shape["new"] = subject.options.new_tokens
+        else:
+            session.outputs(prompts)
+        session.synchronize()
+        now, before = host_memory(), subject.baseline or {}
+        found: dict[str, Measurement] = {}
+        for quantity, kind in ((PEAK, "peak"), (ANONYMOUS, "anonymous"), (FILE_BACKED, "file_backed")):
+            found[quantity.name] = _known(quantity, now.get(kind), shape)
+        above = now["peak"] - before["resident"] if "peak" in now and "resident" in before else None
+        found[ABOVE_IMPORTS.name] = _known(ABOVE_IMPORTS, above, shape)
+        found[WEIGHTS.name] = WEIGHTS.exact(session.facts["weight_bytes"])
+        on_cuda = str(session.facts.get("device", "")).startswith("cuda")
+        for quantity, read in (
+            (ALLOCATED, torch.cuda.max_memory_allocated),
+            (RESERVED, torch.cuda.max_memory_reserved),
+        ):
+            reason = "the model does not run on a GPU"
+            found[quantity.name] = quantity.exact(read(), shape) if on_cuda else quantity.missing(reason)
+        return found
+
+
+def _known(quantity: Quantity, value: int | None, shape: Mapping[str, int]) -> Measurement:
+    if value is None:
+        return quantity.missing(f"{_STATUS} does not say it on this system")
+    return quantity.exact(value, shape)
+
+
+def host_memory() -> dict[str, int]:
+    """Bytes of this process by kind: ``peak``, ``resident``, ``anonymous``, ``file_backed``.
+
+    Empty where the system keeps no such account.
+    """
+    try:
+        text = _STATUS.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return {}
+    found = re.findall(r"^(\w+):\s+(\d+) kB$", text, flags=re.MULTILINE)
+    return {_ROWS[name]: 1024 * int(count) for name, count in found if name in _ROWS}

@@ -1,0 +1,72 @@
+"""The settings of an experiment: how often, how long, how much text."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, final
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from compress.core.passes import invalid
+
+
+@final
+class Options(BaseModel):
+    """What a bench does beyond which models, which text and which runtimes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    launches: PositiveInt = Field(
+        default=3, description="timed processes of each arm; an interval on speed needs at least 2"
+    )
+    repeats: PositiveInt = Field(default=3, description="timed iterations in each launch, after a warm-up")
+    batch_size: PositiveInt = Field(default=1, description="sequences at once while timing")
+    prompt_length: PositiveInt = Field(default=128, description="tokens of each timed prompt")
+    new_tokens: PositiveInt = Field(default=32, description="tokens that are decoded, never fewer")
+    protocol: Literal["windows", "documents"] = Field(
+        default="windows",
+        description="perplexity over disjoint windows of the joined text, or over each document by itself",
+    )
+    tokens: PositiveInt = Field(default=40_960, description="tokens of text that are scored")
+    window: PositiveInt | None = Field(
+        default=None, description="tokens of a scored window; none takes 2,048 or the model's positions"
+    )
+    join: str = Field(default="\n\n", description="text between documents, for the windows protocol")
+    bos: bool | None = Field(
+        default=None,
+        description="whether each sequence starts with the beginning-of-text token; none says yes for "
+        "documents and no for windows",
+    )
+    documents: PositiveInt = Field(
+        default=256, description="documents that classifiers and encoders are compared on"
+    )
+    scoring_batch_size: PositiveInt = Field(default=8, description="sequences at once while scoring")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="precision while timing; auto is the stored one"
+    )
+    scoring_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="float32", description="precision while scoring, so that rounding does not hide a difference"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where models run")
+    threads: PositiveInt | None = Field(
+        default=None, description="threads of arithmetic; none takes all cores"
+    )
+    seed: NonNegativeInt = Field(default=0, description="of the order of launches and of the bootstrap")
+    confidence: float = Field(default=0.95, gt=0.5, lt=1.0, description="of the intervals in the report")
+    resamples: PositiveInt = Field(default=2_000, description="bootstrap resamples of an interval")
+    time_limit: PositiveFloat = Field(
+        default=1_800.0, description="seconds that one measured process may take"
+    )
+    trust_remote_code: bool = Field(default=False, description="whether code inside a model may run")
+
+    @classmethod
+    def of(cls, document: "Mapping[str, Any] | Options | None") -> "Options":
+        """Options from a recipe's mapping.
+
+        Raises:
+            UsageError: an unknown name or a value that does not fit.
+        """
+        if isinstance(document, Options):
+            return document
+        try:
+            return cls.model_validate(dict(document or {}))
+        except ValidationError as error:
+            raise invalid(error, "bench", cls.model_fields) from error

@@ -1,0 +1,186 @@
+"""The results file: everything that was measured, under which conditions, and what was concluded.
+
+The schema is public: reports, gates and other people's scripts read it. A change that breaks a reader
+raises `SCHEMA_VERSION`.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compress.core.errors import DataError, EnvironmentFault
+from compress.core.gate import Judgement, Verdict, worst
+from compress.core.measurement import Effect, Measurement
+
+SCHEMA_VERSION: Final = 1
+RESULTS_FILE: Final = "results.json"
+PROGRESS_FILE: Final = "results.partial.json"
+REPORT_FILE: Final = "report.md"
+
+_STRICT = ConfigDict(frozen=True, extra="forbid")
+
+
+@final
+class Fault(BaseModel):
+    """A measured process that did not end well."""
+
+    model_config = _STRICT
+
+    stage: str = Field(description="what was being measured")
+    kind: Literal["crashed", "killed", "timed-out", "out-of-memory", "failed"] = Field(
+        description="how it ended"
+    )
+    message: str = Field(description="what it said, or by which signal it ended")
+
+
+@final
+class ArmResult(BaseModel):
+    """One model on one runtime, and all that was measured of it."""
+
+    model_config = _STRICT
+
+    name: str = Field(description="model@runtime, as gates name it")
+    model: str = Field(description="before, after, or the folder's name where there are several")
+    role: Literal["before", "after"] = Field(description="reference or candidate")
+    runtime: str = Field(description="how it was run")
+    path: str = Field(description="the folder, as it was given")
+    digest: str = Field(description="what the folder held")
+    measurements: dict[str, Measurement] = Field(default_factory=dict, description="by quantity")
+    facts: dict[str, Any] = Field(
+        default_factory=dict, description="what the runtime said: kernels, layers kept dense, bytes"
+    )
+    faults: tuple[Fault, ...] = Field(default=(), description="processes that did not end well")
+
+
+@final
+class Comparison(BaseModel):
+    """One quantity of two arms."""
+
+    model_config = _STRICT
+
+    metric: str = Field(description="the quantity")
+    before: str = Field(description="name of the reference arm")
+    after: str = Field(description="name of the compared arm")
+    ratio: Effect | None = Field(default=None, description="AFTER over BEFORE")
+    difference: Effect | None = Field(default=None, description="AFTER minus BEFORE")
+    reason: str | None = Field(default=None, description="why there is no comparison")
+
+
+@final
+class Results(BaseModel):
+    """A whole experiment."""
+
+    model_config = _STRICT
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    complete: bool = Field(default=False, description="false while the experiment runs")
+    command: tuple[str, ...] = Field(description="how it was started")
+    task: str = Field(description="what the models do")
+    text: dict[str, Any] = Field(description="the measured text: source, digest, counts")
+    options: dict[str, Any] = Field(description="settings of the experiment")
+    environment: dict[str, Any] = Field(description="hardware and versions")
+    order: tuple[str, ...] = Field(default=(), description="arms in the order in which they were launched")
+    arms: tuple[ArmResult, ...] = Field(default=(), description="measured arms")
+    comparisons: tuple[Comparison, ...] = Field(default=(), description="AFTER against BEFORE")
+    judgements: tuple[Judgement, ...] = Field(default=(), description="verdicts of the gates")
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst verdict; PASS where no gate was given."""
+        return worst(judgement.verdict for judgement in self.judgements)
+
+    @property
+    def exit_code(self) -> int:
+        """0, 10, 11 or 12, by the worst verdict."""
+        return self.verdict.exit_code
+
+    def arm(self, name: str) -> ArmResult:
+        """The arm with a name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for arm in self.arms:
+            if arm.name == name:
+                return arm
+        raise KeyError(name)
+
+    def write(self, file: Path) -> None:
+        """Write the results atomically.
+
+        Raises:
+            EnvironmentFault: the file cannot be written.
+        """
+        document = self.model_dump(mode="json")
+        write_atomically(file, json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+    @classmethod
+    def read(cls, file: Path) -> "Results":
+        """Read a results file.
+
+        Raises:
+            DataError: it is missing or not a results file of this schema.
+        """
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except FileNotFoundError as error:
+            raise DataError(f"no results at {file}", "run `compress bench` first") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise DataError(
+                f"{file} is not a results file of version {SCHEMA_VERSION}: {where}: {first['msg']}"
+            ) from error
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of results files."""
+    return Results.model_json_schema()
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a text so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        EnvironmentFault: the folder cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(file)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(f"{file} cannot be written: {error.strerror or error}") from error
+
+
+def merged(parts: list[Mapping[str, Any]]) -> Measurement:
+    """One measurement from those of several launches, as JSON; each launch is a cluster of its own.
+
+    A launch that has no value makes the whole ``n/a``, with its reason: a mean over the launches that
+    happened to work would flatter.
+    """
+    launches = [Measurement.model_validate(part) for part in parts]
+    broken = next((launch for launch in launches if launch.value is None), None)
+    if broken is not None or (len(launches) == 1 and not launches[0].samples):
+        return broken or launches[0]
+    first = launches[0]
+    return Measurement.sampled(
+        [sample for launch in launches for sample in launch.samples],
+        summary=first.summary,
+        unit=first.unit,
+        better=first.better,
+        clusters=[index for index, launch in enumerate(launches) for _ in launch.samples],
+        conditions={**first.conditions, "launches": len(launches)},
+    )

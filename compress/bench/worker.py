@@ -1,0 +1,124 @@
+"""The process in which one arm is measured: a request on standard input, a reply into a file.
+
+Run as ``python -m compress.bench.worker REPLY``. It answers in JSON: measurements by quantity and the
+runtime's facts, or that the runtime cannot run the model, or an error. Anything worse (a crash, a kill, a
+hang) is seen by the process that started it (`compress.bench.isolate`).
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.core.errors import CompressError
+
+
+def main() -> None:
+    """Answer one request."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    request = json.load(sys.stdin)
+    reply = Path(sys.argv[1])
+    # Other libraries' warnings are not for the reader of a report.
+    warnings.simplefilter("ignore")
+    document = answer(request)
+    partial = reply.with_suffix(".partial")
+    partial.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
+    partial.replace(reply)
+
+
+def _end_with(parent: int) -> None:
+    """End when the process that started this one is gone: nobody waits for the reply any more."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure what a request asks for.
+
+    Args:
+        request: ``artifact``, ``runtime``, ``task``, ``stage``, ``metrics``, ``device``, ``threads``,
+            ``options``, ``material`` (path), and for a comparison ``reference`` (path) and
+            ``reference_runtime``.
+
+    Returns:
+        ``measurements`` and ``facts``; or ``unavailable``, a reason; or ``error`` with kind and message.
+    """
+    import torch
+
+    from compress.runtimes import Unavailable
+
+    torch.set_num_threads(int(request["threads"]))
+    try:
+        return _measured(request)
+    except Unavailable as error:
+        return {"unavailable": error.message}
+    except CompressError as error:
+        return {"error": {"kind": type(error).__name__, "message": str(error)}}
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return {
+            "error": {"kind": "out-of-memory", "message": str(error).splitlines()[0] if str(error) else ""}
+        }
+    except RuntimeError as error:
+        # torch says that host memory ran out in no other way.
+        kind = "out-of-memory" if "can't allocate memory" in str(error) else "RuntimeError"
+        return {"error": {"kind": kind, "message": f"{type(error).__name__}: {error}"}}
+    except Exception as error:  # noqa: BLE001 - a candidate may fail in any way; the report says which
+        return {"error": {"kind": type(error).__name__, "message": f"{type(error).__name__}: {error}"}}
+
+
+def _measured(request: Mapping[str, Any]) -> dict[str, Any]:
+    from compress.bench.material import Material
+    from compress.bench.metrics import Stage, Subject, find
+    from compress.bench.metrics.memory import host_memory
+    from compress.bench.options import Options
+    from compress.core.artifact import Artifact
+    from compress.core.facts import Fact
+    from compress.models.load import skeleton
+    from compress.models.tasks import resolve
+    from compress.runtimes import Placement
+    from compress.runtimes import find as find_runtime
+
+    options = Options.of(request["options"])
+    artifact = Artifact.open(Path(request["artifact"]))
+    task = resolve(request["task"], artifact.config)
+    dtype = options.scoring_dtype if request["stage"] == Stage.SCORING else options.dtype
+    placement = Placement(request["device"], dtype, options.trust_remote_code)
+    runtime = find_runtime(request["runtime"])
+    material = Material.load(Path(request["material"]))
+    if Fact.TRANSFORMERS in artifact.facts:
+        # Imports the code of this architecture: importing is neither loading nor the model's memory.
+        skeleton(artifact, task=task.name, trust_remote_code=options.trust_remote_code)
+    baseline = host_memory()
+    start = time.perf_counter()
+    session = runtime.load(artifact, task, placement)
+    session.synchronize()
+    seconds = time.perf_counter() - start
+    reference = None
+    if request.get("reference") is not None:
+        before = Artifact.open(Path(request["reference"]))
+        reference = find_runtime(request["reference_runtime"]).load(before, task, placement)
+    subject = Subject(
+        artifact=artifact,
+        task=task,
+        options=options,
+        session=session,
+        reference=reference,
+        material=material,
+        load_seconds=seconds,
+        baseline=baseline,
+    )
+    measurements: dict[str, Any] = {}
+    for name in request["metrics"]:
+        for quantity, measurement in find(name).measure(subject).items():
+            measurements[quantity] = measurement.model_dump(mode="json")
+    return {"measurements": measurements, "facts": dict(session.facts)}
+
+
+if __name__ == "__main__":
+    main()

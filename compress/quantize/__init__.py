@@ -1,0 +1,1 @@
+"""Rounders: float weights in, integers with scales out. One method a file."""

@@ -1,0 +1,157 @@
+"""GPTQ: round column after column, each column's error made up for by those that follow.
+
+The method of choice for 4 bits and below. It minimises the error of each layer's *output* on the
+calibration text, where `quantize.rtn` minimises that of its weights. Beyond the paper, and each an option:
+
+- the range of a group is searched in the metric of the layer's output, not taken from its extremes
+  (`clip`; Lee et al. 2026, arXiv 2602.02126, first stage), with either sign of the scale (`signed_scales`;
+  as GGUF's Q4_0 does);
+- columns are rounded in order of decreasing importance while groups stay where they are, so that a
+  reader needs no index of groups (`activation_order`);
+- scales and integers are refined afterwards by coordinate descent (`refinement`; the second stage of
+  arXiv 2602.02126, and QuantEase, arXiv 2309.01885).
+"""
+
+from typing import TYPE_CHECKING, ClassVar, Literal, final
+
+from pydantic import Field
+
+from compress.core.errors import CalibrationError
+from compress.core.passes import Paper
+from compress.core.scheme import Range, Scheme
+from compress.sweep.rounder import Rounded, Rounder
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.numerics.affine import ClipSearch
+    from compress.numerics.hessian import Hessian
+    from compress.numerics.statistic import Statistic
+
+_WIDEST_BLOCK = 1024
+"""Columns of the widest group whose full Hessian is used to search its range; wider ones use its diagonal,
+because the search costs rows x columns x width for each candidate."""
+
+
+@final
+class Gptq(Rounder):
+    """Round with error feedback."""
+
+    summary: ClassVar[str] = "round with error feedback from calibration data; for 4 bits and below"
+    paper: ClassVar[Paper | None] = Paper(
+        title="GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+        url="https://arxiv.org/abs/2210.17323",
+        authors="Frantar, Ashkboos, Hoefler, Alistarh",
+        year=2023,
+    )
+    examples: ClassVar[tuple[str, ...]] = (
+        "--bits 4 --group-size 128 --calibration TEXT",
+        "--bits 3 --group-size 64 --calibration TEXT --samples 256 --sequence-length 1024",
+    )
+    calibrated: ClassVar[bool] = True
+
+    damping: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="added to the Hessian's diagonal, relative to its mean; grows where it is too small",
+    )
+    activation_order: Literal["static", "none"] = Field(
+        default="static",
+        description="order of rounding: `static` takes the columns with the largest inputs first and leaves "
+        "groups in place, `none` goes from left to right",
+    )
+    clip: Literal["none", "mse", "hessian"] = Field(
+        default="hessian",
+        description="range of a group: `none` takes its extremes, `mse` the one with the least squared error "
+        "of the weights, `hessian` the one with the least error of the layer's output",
+    )
+    integer_range: Range = Field(
+        default="full",
+        description="integers of a symmetric scheme: `full` uses all of them, `narrow` leaves out the lowest",
+    )
+    signed_scales: bool = Field(
+        default=True,
+        description="let a scale be negative where that fits a group better; needs a searched range (`clip`) "
+        "and the `full` integer range",
+    )
+    refinement: int = Field(
+        default=2,
+        ge=0,
+        le=100,
+        description="sweeps of coordinate descent over scales and integers after rounding; 0 is plain GPTQ",
+    )
+    block_size: int = Field(
+        default=128, ge=1, description="columns between two large updates; changes speed and memory only"
+    )
+
+    @property
+    def range(self) -> Range:
+        """The integer range of a symmetric scheme."""
+        return self.integer_range
+
+    def statistic(self, columns: int, device: "torch.device") -> "Hessian":
+        """An empty Hessian."""
+        from compress.numerics.hessian import Hessian
+
+        return Hessian(columns, device)
+
+    def round(
+        self,
+        weight: "torch.Tensor",
+        statistic: "Statistic | None",
+        scheme: Scheme,
+        storage: "torch.dtype",
+    ) -> Rounded:
+        """Round one float32 matrix ``[rows, columns]``, overwriting the weights of dead columns with zero.
+
+        Raises:
+            CalibrationError: no data reached the layer, or its Hessian cannot be used.
+            ModelError: the weight holds NaN or infinite values.
+        """
+        from compress.numerics.affine import choose_scales
+        from compress.numerics.feedback import output_error, refine, round_with_feedback
+        from compress.numerics.hessian import Hessian
+
+        if not isinstance(statistic, Hessian):
+            raise CalibrationError(
+                f"GPTQ needs the Hessian of the layer's input, got {type(statistic).__name__}",
+                "give calibration text",
+            )
+        factor = statistic.factor(self.damping, self.activation_order)
+        dead = statistic.dead
+        weight[:, dead] = 0
+        scale, zero = choose_scales(
+            weight,
+            scheme,
+            storage,
+            search=self._search(),
+            importance=self._importance(statistic, scheme, factor.damping),
+        )
+        rounded = round_with_feedback(weight, scale, zero, scheme, factor, self.block_size)
+        rounded = refine(
+            weight,
+            rounded,
+            statistic,
+            damping=factor.damping,
+            sweeps=self.refinement,
+            block=self.block_size,
+        )
+        notes = {
+            "damping": factor.damping,
+            "dead_columns": int(dead.sum()),
+            "output_error": output_error(weight, rounded, statistic),
+        }
+        return Rounded(rounded, notes)
+
+    def _search(self) -> "ClipSearch | None":
+        from compress.numerics.affine import ClipSearch
+
+        return None if self.clip == "none" else ClipSearch(signed=self.signed_scales)
+
+    def _importance(self, hessian: "Hessian", scheme: Scheme, damping: float) -> "torch.Tensor | None":
+        """How errors count in the search for a group's range; see `numerics.affine.choose_scales`."""
+        if self.clip != "hessian":
+            return None
+        width = scheme.group_size or hessian.columns
+        return hessian.blocks(width, damping) if width <= _WIDEST_BLOCK else hessian.diagonal

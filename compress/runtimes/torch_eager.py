@@ -1,0 +1,97 @@
+"""Stock transformers in eager mode: the reference runtime, which every transformers artifact runs on.
+
+A compressed-tensors artifact runs dense here, because transformers has no kernel for it: it gets neither
+faster nor smaller in memory than the float model. Its accuracy is the one that its users get.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from compressed_tensors.compressors import ModelCompressor
+from transformers import CompressedTensorsConfig
+
+from compress.core.artifact import Artifact
+from compress.core.errors import ModelError
+from compress.core.facts import Fact
+from compress.models.load import loaded_dtype, quiet
+from compress.models.tasks import Task
+from compress.runtimes import Placement, Runtime, Session, Unavailable
+from compress.runtimes._session import TorchSession, chosen_device
+
+_UNREAD = "pooler"
+"""A part that no task's outputs read: encoders trained with another head come without it."""
+
+
+@final
+class TorchEager(Runtime):
+    """``from_pretrained``, then the model's own forward."""
+
+    name = "torch-eager"
+    title = "stock transformers, eager"
+
+    def load(self, artifact: Artifact, task: Task, placement: Placement) -> Session:
+        """See `Runtime.load`."""
+        if Fact.TRANSFORMERS not in artifact.facts:
+            raise Unavailable(f"{artifact.path.name} is no transformers model")
+        device = chosen_device(placement.device)
+        stored = loaded_dtype(artifact)
+        dtype = stored if placement.dtype == "auto" else getattr(torch, placement.dtype)
+        quantization = artifact.config.get("quantization_config")
+        facts: dict[str, Any] = {}
+        arguments: dict[str, Any] = {"dtype": dtype}
+        mixed = False
+        if quantization is not None:
+            method = quantization.get("quant_method")
+            if method != "compressed-tensors":
+                raise Unavailable(f"torch-eager does not run '{method}' models")
+            facts["runs"] = "dense, dequantized while loading"
+            mixed = len(_schemes(quantization)) > 1
+            if mixed:
+                # transformers' own dequantization takes one scheme for all layers; the compressed layout
+                # knows each layer's, and is decompressed below.
+                arguments["dtype"] = stored
+            else:
+                arguments["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+        model = _from_pretrained(artifact, task, arguments, trust_remote_code=placement.trust_remote_code)
+        if mixed:
+            compressor: ModelCompressor = model.hf_quantizer.compressor
+            with quiet():
+                compressor.decompress_model(model)
+        return TorchSession(model.to(device=device, dtype=dtype).eval(), task, facts)
+
+
+def _schemes(quantization: Mapping[str, Any]) -> set[str]:
+    groups = quantization.get("config_groups") or {}
+    return {json.dumps(group.get("weights"), sort_keys=True) for group in groups.values()}
+
+
+def _from_pretrained(
+    artifact: Artifact, task: Task, arguments: Mapping[str, Any], *, trust_remote_code: bool
+) -> Any:
+    try:
+        with quiet(), warnings.catch_warnings():
+            # The folder's own quantization is meant; only how to load it is said.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            model, found = task.model_class().from_pretrained(
+                artifact.path,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                **arguments,
+            )
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(f"transformers cannot load {artifact.path.name}: {error}") from error
+    missing = [name for name in sorted(found["missing_keys"]) if _UNREAD not in name.split(".")]
+    if missing or found["mismatched_keys"]:
+        first = missing[0] if missing else str(sorted(map(str, found["mismatched_keys"]))[0])
+        raise ModelError(
+            f"{artifact.path.name}: {len(missing) + len(found['mismatched_keys'])} weights are missing or of "
+            f"another shape and would be random, first: {first}",
+            "is the task right, and the download complete?",
+        )
+    return model

@@ -1,0 +1,85 @@
+"""Bytes and bits a parameter, by part, counted by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from compress.bench.metrics import Subject, find
+from compress.bench.metrics.size import measure_size
+from compress.bench.options import Options
+from compress.core.artifact import Artifact
+from compress.models.tasks import resolve
+from tests import models_zoo, quantized_models
+
+WIDTH, HIDDEN, LAYERS, KEYS = 32, 64, 3, 16
+ATTENTION = LAYERS * (2 * WIDTH * WIDTH + 2 * WIDTH * KEYS)
+MLP = LAYERS * 3 * WIDTH * HIDDEN
+NORM = (2 * LAYERS + 1) * WIDTH
+VOCABULARY = models_zoo.VOCABULARY * WIDTH
+
+
+def test_parts_of_a_float_model(tmp_path: Path) -> None:
+    folder = models_zoo.write("llama", tmp_path)
+    document = measure_size(Artifact.open(folder))
+    assert document["bytes"] == (folder / "model.safetensors").stat().st_size
+    assert document["parameters"] == ATTENTION + MLP + NORM + 2 * VOCABULARY
+    parts = {part: entry["parameters"] for part, entry in document["parts"].items()}
+    expected = {
+        "embeddings": VOCABULARY,
+        "attention": ATTENTION,
+        "mlp": MLP,
+        "norm": NORM,
+        "head": VOCABULARY,
+    }
+    assert parts == expected
+    assert {entry["bits_per_parameter"] for entry in document["parts"].values()} == {32.0}
+
+
+def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
+    document = measure_size(Artifact.open(models_zoo.write("llama-tied", tmp_path)))
+    assert "head" not in document["parts"]
+    assert document["parts"]["embeddings"]["parameters"] == VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("bits", "packing"), [(4, "pack-quantized"), (3, "pack-quantized"), (8, "int-quantized")]
+)
+def test_everything_stored_for_a_weight_counts(tmp_path: Path, bits: int, packing: str) -> None:
+    source = models_zoo.write("llama", tmp_path)
+    group = None if bits == 8 else 32
+    folder = quantized_models.write(source, tmp_path / "after", bits=bits, group=group, packing=packing)
+    document = measure_size(Artifact.open(folder))
+    assert document["parts"]["mlp"]["parameters"] == MLP
+    assert document["parts"]["attention"]["parameters"] == ATTENTION
+    scales = LAYERS * (2 * HIDDEN + WIDTH) if group is None else MLP // 32
+    shapes = 0 if packing == "int-quantized" else LAYERS * 3 * 2 * 8
+    assert document["parts"]["mlp"]["bytes"] == MLP * bits // 8 + 4 * scales + shapes
+    assert document["parts"]["embeddings"]["bits_per_parameter"] == 32.0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt-neox", "mixtral", "bert", "modernbert", "gemma3"])
+def test_every_block_has_attention_and_a_feed_forward_part(name: str, tmp_path: Path) -> None:
+    document = measure_size(Artifact.open(models_zoo.write(name, tmp_path)))
+    parts = document["parts"]
+    assert parts["attention"]["parameters"] > 0
+    assert parts["mlp"]["parameters"] > parts["norm"]["parameters"] > 0
+    assert parts["embeddings"]["parameters"] >= VOCABULARY // 2
+    assert sum(part["parameters"] for part in parts.values()) == document["parameters"]
+
+
+def test_a_model_whose_task_is_unknown_has_a_size_without_parts(tmp_path: Path) -> None:
+    folder = models_zoo.write("llama", tmp_path)
+    config = (folder / "config.json").read_text().replace("LlamaForCausalLM", "LlamaForSomething")
+    (folder / "config.json").write_text(config)
+    document = measure_size(Artifact.open(folder))
+    assert document["parameters"] == ATTENTION + MLP + NORM + 2 * VOCABULARY
+    assert "LlamaForSomething" in document["note"]
+
+
+def test_the_metric_says_the_same(tmp_path: Path) -> None:
+    artifact = Artifact.open(models_zoo.write("llama-tied", tmp_path))
+    task = resolve("auto", artifact.config)
+    found = find("size").measure(Subject(artifact=artifact, task=task, options=Options()))
+    assert found["size.bits_per_parameter"].value == 32.0
+    assert found["size.head_bits_per_parameter"].reason == "the model has no such part"
+    assert set(found) == {quantity.name for quantity in find("size").quantities}

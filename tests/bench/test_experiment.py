@@ -1,0 +1,223 @@
+"""The experiment: order, isolation, rows for what failed, verdicts, files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.bench import isolate, worker
+from compress.bench.experiment import compare
+from compress.bench.isolate import Reply
+from compress.bench.report.terminal import plain
+from compress.bench.results import Fault, Results
+from compress.core.errors import TargetError, UsageError
+
+SMALL = {"launches": 2, "repeats": 2, "prompt_length": 8, "new_tokens": 2, "tokens": 256, "threads": 1}
+GATES = (
+    {"metric": "size.bytes", "test": "bound", "at_most": "80%"},
+    {"metric": "perplexity", "test": "non-inferiority", "margin": "50%"},
+    {"metric": "fidelity.kl", "test": "bound", "at_most": 1e-9},
+)
+
+
+def in_process(request: Mapping[str, Any], **_: Any) -> Reply:
+    """The real worker without its process: seconds less for each run."""
+    threads = torch.get_num_threads()
+    try:
+        document = worker.answer(request)
+    finally:
+        torch.set_num_threads(threads)
+    if "error" in document:
+        return Reply(document, Fault(stage="?", kind="failed", message=document["error"]["message"]))
+    return Reply(document)
+
+
+@pytest.fixture(scope="module")
+def results(before: Path, after: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    out = tmp_path_factory.mktemp("out")
+    found = compare(
+        before,
+        [after],
+        out,
+        str(text),
+        runtimes=("torch-eager", "torch-int4"),
+        gates=GATES,
+        options=SMALL,
+        runner=in_process,
+    )
+    assert sorted(path.name for path in out.iterdir()) == ["report.md", "results.json"]
+    assert Results.read(out / "results.json") == found
+    return found
+
+
+def test_every_model_runs_on_every_runtime(results: Results) -> None:
+    names = ["before@torch-eager", "before@torch-int4", "after@torch-eager", "after@torch-int4"]
+    assert [arm.name for arm in results.arms] == names
+    assert results.arm("before@torch-int4").facts["unavailable"] == "the model holds no integer weights"
+    assert results.arm("after@torch-int4").facts["kernels"] == {"int4": 21}
+    assert results.complete
+
+
+def test_what_cannot_run_is_not_available_with_a_reason(results: Results) -> None:
+    arm = results.arm("before@torch-int4")
+    assert arm.measurements["decode.tokens_per_second"].reason == "the model holds no integer weights"
+    assert arm.measurements["size.bytes"].value is not None
+    assert arm.faults == ()
+
+
+def test_values_are_there_and_make_sense(results: Results) -> None:
+    before, after = results.arm("before@torch-eager"), results.arm("after@torch-eager")
+    assert after.measurements["size.mlp_bits_per_parameter"].value == pytest.approx(4 + 32 / 32, rel=0.1)
+    assert before.measurements["perplexity"].value is not None
+    kl = after.measurements["fidelity.kl"]
+    assert kl.value is not None
+    assert 0 < kl.value < 1
+    decode = after.measurements["decode.tokens_per_second"]
+    assert decode.clusters == (0, 0, 1, 1)
+    packed = results.arm("after@torch-int4").measurements["memory.weight_bytes"].value
+    assert packed is not None
+    assert packed < (before.measurements["memory.weight_bytes"].value or 0) * 0.7
+
+
+def test_launches_are_interleaved_in_an_order_that_the_seed_gives(results: Results) -> None:
+    running = 3
+    assert len(results.order) == 2 * (running + 1)
+    assert set(results.order[: running + 1]) == {arm.name for arm in results.arms}
+
+
+def test_verdicts_name_their_pair(results: Results) -> None:
+    verdicts = {judgement.metric: judgement for judgement in results.judgements}
+    assert verdicts["size.bytes"].verdict == "PASS"
+    assert verdicts["perplexity"].verdict == "PASS"
+    assert verdicts["fidelity.kl"].verdict == "FAIL"
+    assert (verdicts["size.bytes"].before, verdicts["size.bytes"].after) == (
+        "before@torch-eager",
+        "after@torch-eager",
+    )
+    assert results.exit_code == 10
+
+
+def test_the_table_shows_what_is_missing_and_why(results: Results) -> None:
+    shown = plain(results, width=160)
+    assert "the model holds no integer weights" in shown
+    assert "n/a [" in shown
+    assert "FAIL" in shown
+    assert "device" not in shown
+
+
+def failing(kind: Any, when: str) -> Any:
+    """A runner whose AFTER fails at one stage."""
+
+    def run(request: Mapping[str, Any], *, stage: str, **others: Any) -> Reply:
+        if "int4" in request["artifact"] and stage == when:
+            return Reply(fault=Fault(stage=stage, kind=kind, message="it went wrong"))
+        return in_process(request, stage=stage, **others)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("kind", "when"), [("crashed", "timing 1"), ("out-of-memory", "memory"), ("timed-out", "scoring")]
+)
+def test_a_candidate_that_fails_becomes_a_row(
+    before: Path, after: Path, text: Path, tmp_path: Path, kind: str, when: str
+) -> None:
+    gates = [
+        {"metric": "perplexity", "test": "non-inferiority", "margin": "50%"},
+        {"metric": "decode.tokens_per_second", "test": "non-inferiority", "margin": "99%"},
+    ]
+    found = compare(
+        before, [after], tmp_path, str(text), gates=gates, options=SMALL, runner=failing(kind, when)
+    )
+    arm = found.arm("after@torch-eager")
+    assert [fault.kind for fault in arm.faults] == [kind]
+    assert arm.measurements["size.bytes"].value is not None
+    assert found.arm("before@torch-eager").measurements["perplexity"].value is not None
+    lost = {"timing 1": "decode.tokens_per_second", "memory": "memory.peak_bytes", "scoring": "perplexity"}[
+        when
+    ]
+    assert arm.measurements[lost].reason == f"{kind}: it went wrong"
+    verdicts = {judgement.metric: judgement.verdict for judgement in found.judgements}
+    if lost in verdicts:
+        assert verdicts[lost] == "INVALID"
+        assert found.exit_code == 12
+    assert "it went wrong" in (tmp_path / "report.md").read_text()
+
+
+def test_results_are_kept_while_it_runs(before: Path, after: Path, text: Path, tmp_path: Path) -> None:
+    seen: list[Results] = []
+
+    def watching(request: Mapping[str, Any], *, stage: str, **others: Any) -> Reply:
+        seen.append(Results.read(tmp_path / "results.partial.json"))
+        if stage == "timing 1":
+            raise KeyboardInterrupt
+        return in_process(request, stage=stage, **others)
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(before, [after], tmp_path, str(text), options=SMALL, runner=watching)
+    assert not seen[0].complete
+    kept = Results.read(tmp_path / "results.partial.json")
+    assert kept.arm("after@torch-eager").measurements["fidelity.kl"].value is not None
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_what_cannot_begin_says_so_and_measures_nothing(
+    before: Path, after: Path, text: Path, tmp_path: Path
+) -> None:
+    def never(*_: Any, **__: Any) -> Reply:
+        raise AssertionError("nothing may be measured")
+
+    def attempt(**changed: Any) -> None:
+        given: dict[str, Any] = {"after": [after], "out": tmp_path / "out", "options": SMALL, **changed}
+        compare(before, text=str(text), runner=never, **given)
+
+    with pytest.raises(UsageError, match="did you mean 'torch-int4'"):
+        attempt(runtimes=("torch-int8",))
+    with pytest.raises(UsageError, match="did you mean 'perplexity'"):
+        attempt(gates=[{"metric": "perplexities", "test": "superiority"}])
+    with pytest.raises(UsageError, match="no arm is called"):
+        attempt(gates=[{"metric": "perplexity", "test": "superiority", "arms": {"after": "afterwards"}}])
+    with pytest.raises(UsageError, match="did you mean 'launches'"):
+        attempt(options={"launchs": 3})
+    with pytest.raises(UsageError, match="no AFTER"):
+        attempt(after=[])
+    with pytest.raises(TargetError, match="is a model"):
+        attempt(out=after)
+    assert not (after / "results.json").exists()
+
+
+def test_the_worker_answers_from_its_own_process(before: Path, text: Path, tmp_path: Path) -> None:
+    from compress.bench.material import prepare
+    from compress.bench.options import Options
+    from compress.core.artifact import Artifact
+    from compress.data.corpora import documents
+    from compress.models.tasks import TASKS
+
+    options = Options.of(SMALL)
+    task = TASKS["text-generation"]
+    file = tmp_path / "material.safetensors"
+    prepare(Artifact.open(before), task, documents(str(text)), options).save(file)
+    request = {
+        "artifact": str(before),
+        "runtime": "torch-eager",
+        "task": task.name,
+        "stage": "timing",
+        "metrics": ["load", "prefill", "decode"],
+        "device": "cpu",
+        "threads": 1,
+        "options": options.model_dump(mode="json"),
+        "material": str(file),
+    }
+    reply = isolate.run(request, stage="timing", time_limit=120.0, threads=1)
+    assert reply.fault is None
+    assert set(reply.document["measurements"]) == {
+        "load.seconds",
+        "prefill.tokens_per_second",
+        "decode.tokens_per_second",
+    }
+    broken = isolate.run({**request, "artifact": str(tmp_path)}, stage="timing", time_limit=120.0, threads=1)
+    assert broken.fault is not None
+    assert broken.fault.kind == "failed"
+    assert "config.json" in broken.fault.message

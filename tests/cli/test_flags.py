@@ -1,0 +1,114 @@
+"""Flags made from fields, and values read as a recipe would read them."""
+
+from typing import Any, Literal
+
+import click
+import pytest
+from pydantic import BaseModel, ConfigDict, Field
+
+from compress.cli.flags import FlagCommand, entry_type, given, metavar, model_flags, spelling
+
+
+class Entry(BaseModel):
+    match: str = Field(description="a pattern")
+    bits: int | None = Field(default=None, description="bits")
+    group_size: int | Literal["channel"] | None = Field(default=None, description="group")
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: Literal[2, 3, 4, 8] = Field(default=4, description="bits of a weight")
+    group_size: int | Literal["channel"] = Field(default=128, description="columns")
+    mode: Literal["weak", "strong"] = Field(default="weak", description="mode")
+    share: float = Field(default=0.5, description="share")
+    name: str | None = Field(default=None, description="name")
+    on: bool = Field(default=True, description="on")
+    off: bool = Field(default=False, description="off")
+    ignore: tuple[str, ...] = Field(default=(), description="patterns")
+    sizes: tuple[int, ...] = Field(default=(1, 2), description="sizes")
+    overrides: tuple[Entry, ...] = Field(default=(), description="overrides")
+    single: Entry | None = Field(default=None, description="one entry")
+
+
+def parsed(*words: str) -> dict[str, Any]:
+    """What the flags of `Options` make of some words."""
+    found: dict[str, Any] = {}
+
+    def keep(**_: Any) -> None:
+        found.update(given(click.get_current_context(), Options.model_fields))
+
+    params: list[click.Parameter] = [*model_flags(Options, "Method")]
+    FlagCommand("test", params=params, callback=keep).main(list(words), standalone_mode=False)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ([], {}),
+        (["--bits", "3"], {"bits": 3}),
+        (["--bits", "4"], {"bits": 4}),
+        (["--group-size", "64"], {"group_size": 64}),
+        (["--group-size", "channel"], {"group_size": "channel"}),
+        (["--share", "1e-3"], {"share": "1e-3"}),
+        (["--name", "123"], {"name": "123"}),
+        (["--mode", "strong"], {"mode": "strong"}),
+        (["--no-on"], {"on": False}),
+        (["--on"], {"on": True}),
+        (["--off"], {"off": True}),
+        (["--ignore", "lm_head", "--ignore", "*.down:proj"], {"ignore": ["lm_head", "*.down:proj"]}),
+        (["--size", "3"], {"sizes": [3]}),
+        (["--override", "*.down:bits=8"], {"overrides": [{"match": "*.down", "bits": 8}]}),
+        (
+            ["--override", "re:a:b.*:bits=8,group_size=channel", "--override", "{match: x, bits: 2}"],
+            {
+                "overrides": [
+                    {"match": "re:a:b.*", "bits": 8, "group_size": "channel"},
+                    {"match": "x", "bits": 2},
+                ]
+            },
+        ),
+        (["--override", '{"match": "x:bits=2"}'], {"overrides": [{"match": "x:bits=2"}]}),
+    ],
+)
+def test_words_become_options(words: list[str], options: dict[str, Any]) -> None:
+    assert parsed(*words) == options
+    Options(**options)
+
+
+def test_an_entry_that_is_no_mapping_is_refused() -> None:
+    with pytest.raises(click.BadParameter, match=r"'8' is not MATCH:bits=\.\.\., nor a YAML mapping"):
+        parsed("--override", "8")
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "shown"),
+    [
+        ("bits", "--bits", "[2|3|4|8]"),
+        ("group_size", "--group-size", "INTEGER|channel"),
+        ("mode", "--mode", "[weak|strong]"),
+        ("share", "--share", "NUMBER"),
+        ("name", "--name", "TEXT"),
+        ("on", "--on", "yes|no"),
+        ("ignore", "--ignore", "TEXT"),
+        ("sizes", "--size", "INTEGER"),
+        ("overrides", "--override", "MATCH:bits=..."),
+    ],
+)
+def test_spelling_and_placeholder(name: str, flag: str, shown: str) -> None:
+    field = Options.model_fields[name]
+    assert spelling(name, field) == flag
+    assert metavar(entry_type(field.annotation) or field.annotation) == shown
+
+
+def test_help_shows_description_and_default_under_its_heading() -> None:
+    params: list[click.Parameter] = [*model_flags(Options, "Method")]
+    command = FlagCommand("test", params=[click.Argument(["model"]), *params], options_metavar="[FLAGS]")
+    text = command.get_help(click.Context(command, info_name="test", terminal_width=100))
+    assert text.startswith("Usage: test MODEL [FLAGS]")
+    assert "Method:\n" in text
+    assert "bits of a weight [default: 4]" in text
+    assert "on [default: yes]" in text
+    assert "name [default" not in text
+    assert "patterns (may be repeated)" in text

@@ -1,0 +1,76 @@
+"""Round to nearest: options, and the published figures of a real model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.core.scheme import Scheme
+from compress.quantize.rtn import Rtn
+
+
+def _weight() -> torch.Tensor:
+    return torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_default_holds_the_largest_weight_of_a_row_exactly() -> None:
+    method = Rtn(bits=4, group_size="channel")
+    weight = _weight()
+    rounded = method.round(weight.clone(), None, method.scheme_for("layer"), torch.float32).quantized
+    largest = weight.abs().amax(1)
+    assert method.scheme_for("layer") == Scheme(4, None, True, "narrow")
+    assert torch.allclose(rounded.scale[:, 0], largest / 7)
+    assert torch.allclose(rounded.dequantize().abs().amax(1), largest)
+
+
+def test_it_needs_no_statistic() -> None:
+    assert Rtn().statistic(64, torch.device("cpu")) is None
+    assert not Rtn.calibrated
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("integer_range", ["narrow", "full"])
+def test_clipping_never_raises_the_squared_error(bits: int, symmetric: bool, integer_range: str) -> None:
+    options = {"bits": bits, "group_size": 32, "symmetric": symmetric, "integer_range": integer_range}
+    errors = {}
+    for clip in ("none", "mse"):
+        method = Rtn(**options, clip=clip)
+        rounded = method.round(_weight(), None, method.scheme_for("layer"), torch.float32).quantized
+        rounded.check_values()
+        errors[clip] = (rounded.dequantize() - _weight()).square().view(16, 2, 32).sum(-1)
+    assert bool((errors["mse"] <= errors["none"] * (1 + 1e-5)).all())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bits", "expected", "within"), [(8, 1.54407, 3e-4), (4, 1.71267, 5e-4), (3, 3.38081, 2e-3)]
+)
+def test_published_losses_of_a_real_model(shared: Path, bits: int, expected: float, within: float) -> None:
+    """240 stories, each as BOS and tokens, cut at 512; mean over all 79,532 targets in float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = shared / "models" / "stories260K"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    method = Rtn(bits=bits, group_size="channel")
+    changed = 0
+    for name, module in model.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            rounded = method.round(module.weight.data, None, method.scheme_for(name), torch.float32)
+            module.weight.data = rounded.quantized.dequantize()
+            changed += 1
+    assert changed == 35
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = (shared / "data" / "tinystories_sample.txt").read_text(encoding="utf-8")
+    stories = [story.strip() for story in text.split("<|endoftext|>") if story.strip()]
+    total, targets = 0.0, 0
+    with torch.no_grad():
+        for story in stories:
+            ids = [tokenizer.bos_token_id, *tokenizer(story, add_special_tokens=False).input_ids][:512]
+            tokens = torch.tensor([ids])
+            logits = model(tokens).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum").double().item()
+            targets += len(ids) - 1
+    assert targets == 79532
+    assert total / targets == pytest.approx(expected, abs=within)

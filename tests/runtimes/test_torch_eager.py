@@ -1,0 +1,135 @@
+"""Stock transformers: the same numbers, a cache that continues the prompt, and no random weight."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compress.core.artifact import Artifact
+from compress.core.errors import ModelError, UsageError
+from compress.models.tasks import resolve
+from compress.runtimes import Placement, Session, Unavailable, find, names
+from tests import models_zoo, quantized_models
+
+
+def session(folder: Path, dtype: str = "float32", task: str = "auto") -> Session:
+    artifact = Artifact.open(folder)
+    return find("torch-eager").load(artifact, resolve(task, artifact.config), Placement(dtype=dtype))
+
+
+def test_names_are_those_of_the_files() -> None:
+    assert names() == ["torch-eager", "torch-int4"]
+    with pytest.raises(UsageError, match="did you mean 'torch-eager'"):
+        find("torch-eeger")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "bert"])
+def test_outputs_are_those_of_the_model(name: str, tmp_path: Path) -> None:
+    folder = models_zoo.write(name, tmp_path)
+    tokens = models_zoo.tokens()
+    with torch.no_grad():
+        result = models_zoo.build(name)(tokens)
+    expected = result.last_hidden_state if name == "bert" else result.logits
+    assert torch.allclose(session(folder).outputs(tokens), expected, atol=1e-5)
+
+
+def test_decoding_continues_the_prompt(tmp_path: Path) -> None:
+    running = session(models_zoo.write("llama", tmp_path))
+    tokens = models_zoo.tokens(samples=2, length=8)
+    state = running.prefill(tokens)
+    for _ in range(4):
+        tokens = torch.cat([tokens, state.tokens[:, None]], dim=1)
+        assert torch.equal(state.tokens, running.outputs(tokens[:, :-1])[:, -1].argmax(-1))
+        state = running.decode(state)
+    assert state.length == 12
+
+
+def test_precision_is_as_asked(tmp_path: Path) -> None:
+    folder = models_zoo.write("llama", tmp_path, dtype=torch.bfloat16)
+    assert session(folder, "auto").facts["dtype"] == "bfloat16"
+    assert session(folder, "float32").facts["dtype"] == "float32"
+    assert session(folder, "auto").outputs(models_zoo.tokens()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, 32, True), (4, 32, False), (8, None, True)])
+def test_a_compressed_model_runs_as_the_library_decompresses_it(
+    tmp_path: Path, bits: int, group: int | None, symmetric: bool
+) -> None:
+    source = models_zoo.write("llama", tmp_path)
+    folder = quantized_models.write(source, tmp_path / "after", bits=bits, group=group, symmetric=symmetric)
+    running = session(folder)
+    assert "dense" in running.facts["runs"]
+    assert running.facts["weight_bytes"] == session(source).facts["weight_bytes"]
+    tokens = models_zoo.tokens()
+    changed = running.outputs(tokens) - session(source).outputs(tokens)
+    assert float(changed.abs().max()) > 0
+
+
+def test_each_layer_keeps_its_own_scheme(tmp_path: Path) -> None:
+    """transformers' own dequantization takes the first scheme for all layers; two must both be right."""
+    source = models_zoo.write("llama", tmp_path)
+    four = quantized_models.write(source, tmp_path / "four", bits=4, group=32)
+    eight = quantized_models.write(source, tmp_path / "eight", bits=8, group=None)
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    tensors = {k: v for k, v in load_file(four / "model.safetensors").items() if "mlp" not in k}
+    tensors |= {k: v for k, v in load_file(eight / "model.safetensors").items() if "mlp" in k}
+    save_file(tensors, mixed / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((four / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_1"] = json.loads((eight / "config.json").read_text())["quantization_config"][
+        "config_groups"
+    ]["group_0"]
+    groups["group_0"]["targets"] = ["re:.*self_attn.*"]
+    groups["group_1"]["targets"] = ["re:.*mlp.*"]
+    (mixed / "config.json").write_text(json.dumps(config))
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    # The reference: a float model whose parts come from the two models above.
+    parts = {
+        name: parameter
+        for folder, wanted in ((four, False), (eight, True))
+        for name, parameter in _parameters(folder).items()
+        if ("mlp" in name) == wanted
+    }
+    save_file(parts, dense / "model.safetensors", metadata={"format": "pt"})
+    (dense / "config.json").write_text((source / "config.json").read_text())
+    tokens = models_zoo.tokens()
+    assert torch.allclose(session(mixed).outputs(tokens), session(dense).outputs(tokens), atol=1e-5)
+
+
+def _parameters(folder: Path) -> dict[str, torch.Tensor]:
+    import transformers
+    from transformers import CompressedTensorsConfig
+
+    with pytest.warns(UserWarning, match="You passed"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=CompressedTensorsConfig(dequantize=True)
+        )
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def test_a_missing_weight_is_no_random_weight(tmp_path: Path) -> None:
+    folder = models_zoo.write("llama", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"would be random, first: model\.layers\.1\.mlp\.up_proj"):
+        session(folder)
+
+
+def test_a_task_whose_head_is_missing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is the task right"):
+        session(models_zoo.write("bert", tmp_path), task="text-classification")
+
+
+def test_other_formats_are_not_available(tmp_path: Path) -> None:
+    folder = models_zoo.write("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
+    )
+    with pytest.raises(Unavailable, match="'gptq'"):
+        session(folder)
