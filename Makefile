@@ -1,5 +1,5 @@
 # Every target works on a fresh clone with nothing but Python, make and a package registry.
-PYTHON ?= python3.11
+PYTHON ?= python3
 VENV ?= .venv
 # For a package index of your own, say: make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_FLAGS ?=

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union, final, get_args, get_origin
 
 import click
-import yaml
 from click.core import ParameterSource
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -84,23 +83,18 @@ class RecipeValue(click.ParamType[Any]):
         """Text as given, or parsed as YAML where the field takes more than text."""
         if self.verbatim or not isinstance(value, str):
             return value
+        from compress.core.yaml_text import value_of
+
         if self.model is not None:
             match = _MAPPING_ENTRY.match(value)
             if match is not None and not value.lstrip().startswith("{"):
                 first = next(iter(self.model.model_fields))
                 pairs = (pair.partition("=") for pair in match["rest"].split(","))
-                return {first: match["first"], **{key: self._parsed(text) for key, _, text in pairs}}
-        parsed = self._parsed(value)
+                return {first: match["first"], **{key: value_of(text) for key, _, text in pairs}}
+        parsed = value_of(value)
         if self.model is not None and not isinstance(parsed, dict):
             self.fail(f"{value!r} is not {metavar(self.annotation)}, nor a YAML mapping", param, ctx)
         return parsed
-
-    def _parsed(self, text: str) -> Any:
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
-            # Not YAML, so it can only be meant as text; the model says whether text fits.
-            return text
 
 
 def metavar(annotation: Any) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, final
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -20,7 +19,6 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
-from yaml.nodes import MappingNode, Node, SequenceNode
 
 from compress.core.errors import CompressError, UsageError, did_you_mean
 from compress.core.gate import Arms, Gate
@@ -171,7 +169,7 @@ class Recipe(BaseModel):
         Raises:
             UsageError: broken YAML, or an entry that does not fit.
         """
-        tree, document = _parsed(text, source)
+        tree, document = yaml_text.parse(text, source)
         if not isinstance(document, dict):
             raise UsageError(f"{source}: a recipe is a mapping, got {type(document).__name__}")
         for setting in settings:
@@ -207,7 +205,7 @@ class Recipe(BaseModel):
         document = self.model_dump(mode="json", exclude={"steps"})
         document["steps"] = [step.document() for step in self.steps]
         ordered = {name: document[name] for name in Recipe.model_fields}
-        return yaml.safe_dump(_without_absent(ordered), sort_keys=False, allow_unicode=True, width=110)
+        return yaml_text.dump(_without_absent(ordered))
 
     def _as_given(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_unset=True)
@@ -257,69 +255,14 @@ def _without_absent(document: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, where plain YAML would keep the last in silence."""
-
-
-def _unique_mapping(loader: _UniqueKeys, node: MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key '{key}' is given twice", key_node.start_mark
-            )
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-
-
-def _parsed(text: str, source: str) -> tuple[Node | None, Any]:
-    """The node tree, which knows lines, and the document."""
-    loader = _UniqueKeys(text)
-    try:
-        tree = loader.get_single_node()
-        document = loader.construct_document(tree) if tree is not None else {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"{source}:{mark.line + 1}" if mark is not None else source
-        problem = getattr(error, "problem", None) or str(error)
-        raise UsageError(
-            f"{line}: not YAML: {problem}", "check the indentation and the quotes there"
-        ) from error
-    finally:
-        loader.dispose()
-    return tree, document
-
-
-def _line(tree: Node | None, path: Sequence[int | str]) -> int | None:
-    """The line, from 1, of the deepest entry on the path that the file holds."""
-    line = None
-    node = tree
-    for part in path:
-        if isinstance(node, MappingNode):
-            pair = next(((key, value) for key, value in node.value if key.value == part), None)
-        elif isinstance(node, SequenceNode) and isinstance(part, int) and part < len(node.value):
-            pair = (node.value[part], node.value[part])
-        else:
-            pair = None
-        if pair is None:
-            break
-        line = pair[0].start_mark.line + 1
-        node = pair[1]
-    return line
-
-
-def _validated(document: Mapping[str, Any], source: str, tree: Node | None = None) -> Recipe:
+def _validated(document: Mapping[str, Any], source: str, tree: "Node | None" = None) -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
         # A misspelt key also leaves the right one missing: speak of the misspelling.
         first = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
         place = tuple(part for part in first["loc"])
-        line = _line(tree, place)
+        line = yaml_text.line_of(tree, place)
         subject = source if line is None else f"{source}:{line}"
         where = ".".join(str(part) for part in place)
         if first["type"] == _STEP_FAULT:
@@ -353,7 +296,7 @@ def _assign(document: dict[str, Any], setting: str) -> None:
     path, separator, text = setting.partition("=")
     if not separator or not path:
         raise UsageError(f"setting '{setting}' is not PATH=VALUE", "write, say, --set steps.0.bits=3")
-    _, value = _parsed(text, f"setting '{path}'") if text.strip() else (None, None)
+    _, value = yaml_text.parse(text, f"setting '{path}'") if text.strip() else (None, None)
     parts: list[str] = path.split(".")
     node: Any = document
     for depth, part in enumerate(parts):

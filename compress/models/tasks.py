@@ -199,7 +199,7 @@ def resolve(name: str, config: Mapping[str, Any]) -> Task:
 
 
 def _of_architecture(architecture: str) -> Task | None:
-    """The task whose longest suffix ends a class name: ``GPT2LMHeadModel`` generates, ``GPT2Model`` does not."""
+    """The task whose longest suffix ends a class name: ``GPT2LMHeadModel`` generates, ``GPT2Model`` not."""
     fitting = [
         (len(suffix), task)
         for task in TASKS.values()
