@@ -7,7 +7,7 @@ words of the person who wrote it, with the line of the file where there is one.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 from pydantic import (
     BaseModel,
@@ -23,6 +23,9 @@ from pydantic_core import PydanticCustomError
 from compress.core.errors import CompressError, UsageError, did_you_mean
 from compress.core.gate import Arms, Gate
 from compress.core.passes import Pass, build, find, invalid, name_of, names
+
+if TYPE_CHECKING:
+    from yaml.nodes import Node
 
 _STRICT = ConfigDict(frozen=True, extra="forbid")
 _STEP_FAULT = "step"
@@ -169,6 +172,8 @@ class Recipe(BaseModel):
         Raises:
             UsageError: broken YAML, or an entry that does not fit.
         """
+        from compress.core import yaml_text
+
         tree, document = yaml_text.parse(text, source)
         if not isinstance(document, dict):
             raise UsageError(f"{source}: a recipe is a mapping, got {type(document).__name__}")
@@ -202,6 +207,8 @@ class Recipe(BaseModel):
         Two recipes that mean the same give the same text, and a later change of a default does not
         change what a dumped recipe means.
         """
+        from compress.core import yaml_text
+
         document = self.model_dump(mode="json", exclude={"steps"})
         document["steps"] = [step.document() for step in self.steps]
         ordered = {name: document[name] for name in Recipe.model_fields}
@@ -259,6 +266,8 @@ def _validated(document: Mapping[str, Any], source: str, tree: "Node | None" = N
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
+        from compress.core import yaml_text
+
         # A misspelt key also leaves the right one missing: speak of the misspelling.
         first = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
         place = tuple(part for part in first["loc"])
@@ -293,6 +302,8 @@ def _known_at(path: Sequence[int | str]) -> list[str]:
 
 def _assign(document: dict[str, Any], setting: str) -> None:
     """Set one ``PATH=VALUE`` in a recipe document, in place."""
+    from compress.core import yaml_text
+
     path, separator, text = setting.partition("=")
     if not separator or not path:
         raise UsageError(f"setting '{setting}' is not PATH=VALUE", "write, say, --set steps.0.bits=3")

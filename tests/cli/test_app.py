@@ -13,6 +13,7 @@ import compress
 from compress.cli import app
 
 HEAVY = ("torch", "transformers", "datasets", "scipy", "numpy", "pandas", "rich")
+HELP = (["--help"], ["quantize", "--help"], ["quantize", "rtn", "--help"], ["run", "--help"])
 
 
 def run(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
