@@ -56,10 +56,10 @@ def run(command: list[str], log: Path, name: str = ANY, number: int = 0) -> None
     with log.with_suffix(".out").open("a", encoding="utf-8") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    from compress.cli import commands
+    from compress.cli import start
     from compress.cli.app import main
 
-    commands.reporter_for = lambda **_: Recorder(log, name, number)
+    start.reporter_for = lambda **_: Recorder(log, name, number)
     code = main(command)
     sys.stdout.flush()
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""The command ``compress``.
+"""The command ``compress``, a Typer application.
 
 Groups of methods come from the registry: one group a family that has methods, one command a method, and
 only the module of the method that is asked for gets imported. Neither a help page nor a wrong flag
@@ -7,15 +7,20 @@ imports torch.
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, final
 
-import click
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from compress import __version__
 from compress.cli import commands, failures, from_pass
 from compress.core.errors import UsageError, did_you_mean
 from compress.core.passes import FAMILIES, names
+
+if TYPE_CHECKING:
+    from compress.cli.flags import Command, Context, HelpFormatter
 
 _FAMILY_HELP = {
     "transform": "rescale or rotate weights, computing the same",
@@ -24,112 +29,117 @@ _FAMILY_HELP = {
     "distill": "train a compressed model to follow its original",
     "export": "write the model for another runtime",
 }
-_COMMANDS: dict[str, Callable[[], click.Command]] = {
-    "run": commands.run_command,
-    "bench": commands.bench_command,
-    "inspect": commands.inspect_command,
-    "verify": commands.verify_command,
-    "methods": commands.methods_command,
-    "schema": commands.schema_command,
-}
 
 
 @final
-class Lazy(click.Group):
-    """A group that knows the names of its commands and makes each when it is asked for."""
+class Root(TyperGroup):
+    """The fixed commands, and the families that have methods."""
 
-    def __init__(
-        self,
-        name: str,
-        known: Sequence[str],
-        titles: Callable[[], dict[str, str]],
-        make: Callable[[str], click.Command],
-        **settings: Any,
-    ) -> None:
-        super().__init__(name, **settings)
-        self._known = list(known)
-        self._titles = titles
-        self._make = make
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: "Context") -> list[str]:
         """The names, in the order in which help shows them."""
-        return self._known
+        first, *others = (name for name in self.commands if name not in FAMILIES)
+        return [first, *(family for family in FAMILIES if _methods(ctx, family)), *others]
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: "Context", cmd_name: str) -> "Command | None":
         """The command of a name."""
-        return self._make(cmd_name) if cmd_name in self._known else None
+        known = self.list_commands(ctx)
+        if cmd_name in FAMILIES and cmd_name not in known:
+            raise UsageError(f"there is no {cmd_name} method", "`compress methods` lists what there is")
+        return super().get_command(ctx, cmd_name) if _knows(ctx, cmd_name, known) else None
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command of the first word, or say which was probably meant."""
-        if args[0] not in self._known and not args[0].startswith("-"):
-            if args[0] in FAMILIES:
-                raise UsageError(f"there is no {args[0]} method", "`compress methods` lists what there is")
-            raise UsageError(
-                f"unknown command '{ctx.command_path} {args[0]}'", did_you_mean(args[0], self._known)
-            )
-        return super().resolve_command(ctx, args)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+@final
+class Family(TyperGroup):
+    """The methods of a family; the command of each is made when it is asked for."""
+
+    def list_commands(self, ctx: "Context") -> list[str]:
+        """The names, in the order in which help shows them."""
+        return _methods(ctx, str(self.name))
+
+    def get_command(self, ctx: "Context", cmd_name: str) -> "Command | None":
+        """The command of a method."""
+        known = _knows(ctx, cmd_name, self.list_commands(ctx))
+        return get_command(from_pass.application(f"{self.name}.{cmd_name}")) if known else None
+
+    def format_commands(self, ctx: "Context", formatter: "HelpFormatter") -> None:
         """Write the names with one line each, without making the commands."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(self._titles().items()))
+            methods = self.list_commands(ctx)
+            formatter.write_dl([(method, from_pass.title(f"{self.name}.{method}")) for method in methods])
 
 
-def _family(family: str, methods: Sequence[str]) -> click.Command:
-    return Lazy(
-        family,
-        known=methods,
-        titles=lambda: {method: from_pass.title(f"{family}.{method}") for method in methods},
-        make=lambda method: from_pass.command(f"{family}.{method}", commands.start),
-        help=f"{_FAMILY_HELP[family][0].upper()}{_FAMILY_HELP[family][1:]}.",
-        context_settings=commands.SETTINGS,
+def _methods(ctx: "Context", family: str) -> list[str]:
+    """Short names of the methods of a family: of those that the context brings along, or of all."""
+    registered = names() if ctx.obj is None else ctx.obj
+    return [name.partition(".")[2] for name in registered if name.startswith(f"{family}.")]
+
+
+def _knows(ctx: "Context", word: str, known: Sequence[str]) -> bool:
+    if word not in known and not ctx.resilient_parsing:
+        raise UsageError(f"unknown command '{ctx.command_path} {word}'", did_you_mean(word, known))
+    return word in known
+
+
+def _help_without_words(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help(), err=True)
+        raise typer.Exit(UsageError.exit_code)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"compress {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=Root,
+    help="Make language models smaller, faster and cheaper, and prove it.",
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    # Plain help pages: rich would take longer to import than all the rest.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(commands.fixed)
+for _family in FAMILIES:
+    app.add_typer(
+        typer.Typer(),
+        name=_family,
+        cls=Family,
+        help=f"{_FAMILY_HELP[_family][0].upper()}{_FAMILY_HELP[_family][1:]}.",
+        short_help=_FAMILY_HELP[_family],
+        invoke_without_command=True,
+        callback=_help_without_words,
     )
 
 
-def root(registered: Sequence[str] | None = None) -> Lazy:
-    """The whole command line over these methods; over all that are registered by default."""
-    methods: dict[str, list[str]] = {}
-    for name in names() if registered is None else registered:
-        family, _, method = name.partition(".")
-        methods.setdefault(family, []).append(method)
-    families = [family for family in FAMILIES if family in methods]
-    first, *others = _COMMANDS
-    known = [first, *families, *others]
-
-    def titles() -> dict[str, str]:
-        own = {name: make().short_help or "" for name, make in _COMMANDS.items()}
-        return {name: own.get(name) or _FAMILY_HELP[name] for name in known}
-
-    def make(name: str) -> click.Command:
-        return _COMMANDS[name]() if name in _COMMANDS else _family(name, methods[name])
-
-    group = Lazy(
-        "compress",
-        known=known,
-        titles=titles,
-        make=make,
-        help="Make language models smaller, faster and cheaper, and prove it.",
-        context_settings=commands.SETTINGS,
-    )
-    version = click.version_option(__version__, "-V", "--version", message="compress %(version)s")
-    return version(group)
+@app.callback()
+def _root(
+    ctx: typer.Context,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "-V", "--version", is_eager=True, callback=_show_version, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    _help_without_words(ctx)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        result = root().main(args=words, prog_name="compress", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help() if error.ctx is not None else error.format_message(), err=True)
-        return UsageError.exit_code
+        result = get_command(app).main(args=words, prog_name="compress", standalone_mode=False)
+        if result == failures.INTERRUPTED:
+            # Typer makes this code of an interrupt, and says nothing of it.
+            raise KeyboardInterrupt
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last stop before a traceback
         code = failures.show(error, debug=failures.debugging(words))
         if "--json" in words and code != failures.BROKEN_PIPE:
             failure = failures.explain(error)
             document = {"event": "error", "message": failure.message, "hint": failure.hint, "exit_code": code}
-            click.echo(json.dumps(document))
+            typer.echo(json.dumps(document))
         return code
     return result if isinstance(result, int) else 0

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import click
+import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from compress.cli import app
 from compress.cli.flags import default_of, entry_type, is_model, metavar, shown, spelling
@@ -88,7 +90,7 @@ def command_line_page(methods: Sequence[str]) -> str:
     ]
     parts += [
         f"{'##' if depth < 2 else '###'} {path}\n\n```text\n{text}\n```"
-        for path, depth, text in _help_pages(app.root(methods))
+        for path, depth, text in _help_pages(methods)
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -111,33 +113,38 @@ def main(arguments: Sequence[str] | None = None, root: Path | None = None) -> in
     ]
     if "--check" in words:
         for file in (*differing, *stale):
-            click.echo(f"{file.relative_to(base)} is not current: run `make docs`", err=True)
+            typer.echo(f"{file.relative_to(base)} is not current: run `make docs`", err=True)
         return 1 if differing or stale else 0
     for file in stale:
         file.unlink()
     for file in differing:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(wanted[file], encoding="utf-8")
-        click.echo(f"wrote {file.relative_to(base)}")
+        typer.echo(f"wrote {file.relative_to(base)}")
     return 0
 
 
-def _help_pages(group: app.Lazy) -> list[tuple[str, int, str]]:
-    """Path, depth and help text of a group and of all commands below it."""
+def _help_pages(methods: Sequence[str]) -> list[tuple[str, int, str]]:
+    """Path, depth and help text of the application and of all commands below it, for these methods."""
     found = []
 
-    def walk(command: click.Command, path: str, depth: int) -> None:
-        settings = {**command.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
-        ctx = click.Context(command, info_name=path, **settings)
+    def walk(command: "Command", name: str, parent: "Context | None", depth: int) -> None:
+        ctx = command.make_context(
+            name,
+            [],
+            parent,
+            obj=methods,
+            terminal_width=WIDTH,
+            max_content_width=WIDTH,
+            resilient_parsing=True,
+        )
         text = "\n".join(line.rstrip() for line in command.get_help(ctx).splitlines())
-        found.append((path, depth, text))
-        if isinstance(command, click.Group):
-            for name in command.list_commands(ctx):
-                below = command.get_command(ctx, name)
-                if below is not None:
-                    walk(below, f"{path} {name}", depth + 1)
+        found.append((ctx.command_path, depth, text))
+        if isinstance(command, TyperGroup):
+            for below in command.list_commands(ctx):
+                walk(command.get_command(ctx, below), below, ctx, depth + 1)
 
-    walk(group, "compress", 0)
+    walk(get_command(app.app), "compress", None, 0)
     return found
 
 

@@ -12,8 +12,9 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import click
+import typer
 
+from compress.cli.flags import spoken
 from compress.cli.render import ReaderLeft
 from compress.core.errors import CompressError, EnvironmentFault, UsageError, did_you_mean
 
@@ -55,9 +56,9 @@ def explain(error: BaseException) -> Failure:
     """The one line, the hint and the exit code of any exception."""
     if isinstance(error, CompressError):
         return Failure(error.message, error.hint, error.exit_code)
-    if isinstance(error, click.Abort | KeyboardInterrupt):
+    if isinstance(error, typer.Abort | KeyboardInterrupt):
         return Failure("interrupted", "run the same command again to resume", INTERRUPTED)
-    if isinstance(error, click.ClickException):
+    if isinstance(error, typer.TyperException):
         return _of_command(error)
     if isinstance(error, BrokenPipeError | ReaderLeft):
         return Failure("", "", BROKEN_PIPE)
@@ -89,13 +90,13 @@ def show(error: BaseException, *, debug: bool) -> int:
         # What is left in the buffer has nowhere to go; the interpreter would complain about it at its end.
         _mute()
         return BROKEN_PIPE
-    if debug and not isinstance(error, click.ClickException | click.Abort | KeyboardInterrupt):
+    if debug and not isinstance(error, typer.TyperException | typer.Abort | KeyboardInterrupt):
         traceback.print_exception(error, file=sys.stderr)
     if failure.message:
         # One line each, whatever a library put into its message.
-        click.echo(f"error: {' '.join(failure.message.split())}", err=True)
+        typer.echo(f"error: {' '.join(failure.message.split())}", err=True)
     if failure.hint:
-        click.echo(f"hint: {failure.hint}", err=True)
+        typer.echo(f"hint: {failure.hint}", err=True)
     return failure.exit_code
 
 
@@ -114,24 +115,23 @@ def _system_error(error: BaseException) -> int | None:
     return int(spelled[1]) if spelled else None
 
 
-def _of_command(error: click.ClickException) -> Failure:
+def _of_command(error: typer.TyperException) -> Failure:
     """A failure of the command line itself, in our words."""
-    ctx = error.ctx if isinstance(error, click.UsageError) else None
-    page = f"see {ctx.command_path} --help" if ctx is not None else ""
-    if isinstance(error, click.NoSuchOption) and ctx is not None:
-        flags = [
-            flag
-            for parameter in ctx.command.get_params(ctx)
-            for flag in (*parameter.opts, *parameter.secondary_opts)
-            if flag.startswith("--")
-        ]
-        hint = did_you_mean(error.option_name, flags)
-        return Failure(
-            f"unknown flag '{error.option_name}' for '{ctx.command_path}'",
-            hint if hint.startswith("did you mean") else page,
-            UsageError.exit_code,
-        )
-    if isinstance(error, click.MissingParameter) and error.param is not None and ctx is not None:
-        missing = error.param.get_error_hint(ctx).strip("'")
-        return Failure(f"'{ctx.command_path}' needs {missing}", page, UsageError.exit_code)
-    return Failure(error.format_message().rstrip("."), page, UsageError.exit_code)
+    # The kinds of these errors have no public names in Typer; told apart by what they carry and are called.
+    kind = type(error).__name__
+    ctx: typer.Context | None = getattr(error, "ctx", None)
+    message, hint = error.format_message().rstrip("."), ""
+    if ctx is not None:
+        hint = f"see {ctx.command_path} --help"
+        if kind == "NoSuchOption":
+            flag = getattr(error, "option_name", "")
+            message = f"unknown flag '{flag}' for '{ctx.command_path}'"
+            parameters = ctx.command.get_params(ctx)
+            words = [
+                word for parameter in parameters for word in (*parameter.opts, *parameter.secondary_opts)
+            ]
+            near = did_you_mean(flag, [word for word in words if word.startswith("--")])
+            hint = near if near.startswith("did you mean") else hint
+        elif kind == "MissingParameter" and isinstance(error, typer.BadParameter) and error.param is not None:
+            message = f"'{ctx.command_path}' needs {spoken(error.param)}"
+    return Failure(message, hint, UsageError.exit_code)

@@ -4,97 +4,140 @@ A field is described once, in its model; its flag, help line and error come from
 as a recipe would read them, so that ``--group-size 128`` and ``group_size: 128`` mean the same.
 """
 
+import functools
 import re
 import types
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Union, final, get_args, get_origin
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Any, Literal, Union, final, get_args, get_origin
 
-import click
-from click.core import ParameterSource
+import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from typer.core import TyperArgument, TyperCommand
 
-from compress.core.recipe import Data, Recipe
+if TYPE_CHECKING:
+    # What Typer hands to overridden methods has no public name.
+    from typer._click import Command as Command
+    from typer._click import Context as Context
+    from typer._click import HelpFormatter as HelpFormatter
+    from typer._click import Parameter as Spoken
 
 _MAPPING_ENTRY = re.compile(r"^(?P<first>.+):(?P<rest>\w+=[^,]*(,\w+=[^,]*)*)$", re.DOTALL)
 _SINGULAR = ("as", "is", "ss", "us")
 """Ends of words that are no plurals."""
 _UNIONS = (Union, types.UnionType)
 
-RUN_FIELDS = ("task", "seed", "device", "threads", "trust_remote_code")
-"""Fields of `Recipe` that every command which runs something offers as flags."""
-DATA_FIELDS = ("calibration", "samples", "sequence_length", "batch_size")
-"""Fields of `Data` that every such command offers."""
+_SECTIONS = ("Arguments", "Recipe", "Method", "Run", "Calibration", "Experiment", "Output")
+"""Headings of a help page, in their order."""
 
 
 @final
-class Flag(click.Option):
-    """A click option with the heading of the help page under which it stands."""
+class FlagCommand(TyperCommand):
+    """A command whose help page groups its flags under headings."""
 
-    def __init__(self, *arguments: Any, section: str, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self.section = section
-
-
-@final
-class FlagCommand(click.Command):
-    """A command whose help page groups its flags under headings, in the order in which they come."""
-
-    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+    def collect_usage_pieces(self, ctx: "Context") -> list[str]:
         """The usage line, with the arguments before the flags, as people type them."""
-        pieces = super().collect_usage_pieces(ctx)
-        return [*pieces[1:], *pieces[:1]]
+        words = [spoken(parameter) for parameter in self.params if isinstance(parameter, TyperArgument)]
+        return [*words, self.options_metavar or ""]
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_options(self, ctx: "Context", formatter: "HelpFormatter") -> None:
         """Write one list of flags for each heading."""
-        sections: dict[str, list[tuple[str, str]]] = {}
+        sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in _SECTIONS}
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if isinstance(parameter, click.Option) and record is not None:
-                heading = parameter.section if isinstance(parameter, Flag) else "Output"
-                sections.setdefault(heading, []).append(record)
+            if isinstance(parameter, TyperArgument):
+                sections["Arguments"].append((spoken(parameter), parameter.help or ""))
+            elif (record := parameter.get_help_record(ctx)) is not None:
+                sections[getattr(parameter, "rich_help_panel", None) or "Output"].append(record)
         for heading, records in sections.items():
-            with formatter.section(heading):
-                formatter.write_dl(records, col_max=34)
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records, col_max=34)
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_epilog(self, ctx: "Context", formatter: "HelpFormatter") -> None:
         """Write the epilog with its line breaks."""
         if self.epilog:
             formatter.write("\n" + self.epilog + "\n")
 
 
-@final
-class RecipeValue(click.ParamType[Any]):
-    """A value as a recipe would read it, checked by the model that owns the field."""
+def spoken(parameter: "Spoken") -> str:
+    """What a person calls an argument (``AFTER...``) or a flag (``--out``)."""
+    if not isinstance(parameter, TyperArgument):
+        return parameter.opts[0]
+    return parameter.name.upper() + ("" if parameter.nargs == 1 else "...")
 
-    name = "value"
 
-    def __init__(self, annotation: Any) -> None:
-        self.annotation = annotation
-        self.model = annotation if is_model(annotation) else None
-        self.verbatim = _only_text(annotation)
+def with_flags(*made: Parameter) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Give a command flags besides those that its signature spells out.
 
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """The placeholder on the help page."""
-        return metavar(self.annotation)
+    The command has ``**given`` and finds there what the person gave of the flags made from fields, and no
+    defaults. A parameter of it whose type is a dataclass becomes one flag a field.
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Text as given, or parsed as YAML where the field takes more than text."""
-        if self.verbatim or not isinstance(value, str):
-            return value
+    Args:
+        made: flags, of `flag`.
+    """
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        own = signature(command).parameters.values()
+        groups = {
+            parameter.name: signature(parameter.annotation).parameters
+            for parameter in own
+            if is_dataclass(parameter.annotation)
+        }
+        types_of = {parameter.name: parameter.annotation for parameter in own}
+
+        @functools.wraps(command)
+        def called(ctx: typer.Context, **values: Any) -> int:
+            for name, fields in groups.items():
+                values[name] = types_of[name](**{field: values.pop(field) for field in fields})
+            for flag in made:
+                source = ctx.get_parameter_source(flag.name)
+                if source is None or source.name == "DEFAULT":
+                    del values[flag.name]
+            return command(**values)
+
+        parameters = [
+            Parameter("ctx", Parameter.KEYWORD_ONLY, annotation=typer.Context),
+            *(each for each in own if each.name not in groups and each.kind is not Parameter.VAR_KEYWORD),
+            *made,
+            *(field for fields in groups.values() for field in fields.values()),
+        ]
+        called.__signature__ = Signature(  # type: ignore[attr-defined]
+            [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
+        )
+        return called
+
+    return decorate
+
+
+def part(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Those of the given values that have one of these names."""
+    return {name: given[name] for name in names if name in given}
+
+
+def reader(annotation: Any) -> Callable[[str], Any]:
+    """Reads a value as a recipe would: text as given, or YAML where the field takes more than text.
+
+    The model that owns the field checks the value.
+    """
+    model = annotation if is_model(annotation) else None
+
+    def read(value: str) -> Any:
         from compress.core.yaml_text import value_of
 
-        if self.model is not None:
+        if model is not None:
             match = _MAPPING_ENTRY.match(value)
             if match is not None and not value.lstrip().startswith("{"):
-                first = next(iter(self.model.model_fields))
+                first = next(iter(model.model_fields))
                 pairs = (pair.partition("=") for pair in match["rest"].split(","))
                 return {first: match["first"], **{key: value_of(text) for key, _, text in pairs}}
         parsed = value_of(value)
-        if self.model is not None and not isinstance(parsed, dict):
-            self.fail(f"{value!r} is not {metavar(self.annotation)}, nor a YAML mapping", param, ctx)
+        if model is not None and not isinstance(parsed, dict):
+            raise typer.BadParameter(f"{value!r} is not {metavar(annotation)}, nor a YAML mapping")
         return parsed
+
+    return str if _only_text(annotation) else read
 
 
 def metavar(annotation: Any) -> str:
@@ -120,77 +163,35 @@ def spelling(name: str, field: FieldInfo) -> str:
     return "--" + name.replace("_", "-")
 
 
-def flag(name: str, field: FieldInfo, section: str) -> Flag:
-    """The flag of one field of a model."""
-    long = spelling(name, field)
-    text = _sentence(field)
-    if field.annotation is bool:
-        if field.default is False:
-            return Flag([long, name], is_flag=True, default=False, help=text, section=section)
-        switch = f"{long}/--no-{long.removeprefix('--')}"
-        return Flag([switch, name], default=field.default, help=text, section=section)
+def flag(name: str, field: FieldInfo, section: str) -> Parameter:
+    """The flag of one field of a model, as a parameter of a function."""
+    spelled = spelling(name, field)
     entry = entry_type(field.annotation)
-    repeated = entry is not None
-    return Flag(
-        [long, name],
-        type=RecipeValue(entry if repeated else field.annotation),
-        multiple=repeated,
-        required=field.is_required(),
-        help=text + (" (may be repeated)" if repeated else ""),
-        section=section,
+    kind: Any = str | None if entry is None else list[str] | None
+    value = field.annotation if entry is None else entry
+    read: Callable[[str], Any] | None = reader(value)
+    if field.annotation is bool:
+        kind, read = bool | None, None
+        if field.default is not False:
+            spelled += f"/--no-{spelled.removeprefix('--')}"
+    option = typer.Option(
+        ... if field.is_required() else None,
+        spelled,
+        parser=read,
+        metavar=metavar(value),
+        help=_sentence(field) + ("" if entry is None else " (may be repeated)"),
+        rich_help_panel=section,
     )
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=option, annotation=kind)
 
 
-def model_flags(model: type[BaseModel], section: str, only: Sequence[str] | None = None) -> list[Flag]:
+def model_flags(model: type[BaseModel], section: str, only: Sequence[str] | None = None) -> list[Parameter]:
     """The flags of a model's fields, in their order."""
     return [
         flag(name, field, section)
         for name, field in model.model_fields.items()
         if only is None or name in only
     ]
-
-
-def given(ctx: click.Context, names: Sequence[str] | Mapping[str, object]) -> dict[str, Any]:
-    """The values of these parameters that the person gave, and no defaults."""
-    return {
-        name: list(ctx.params[name]) if isinstance(ctx.params[name], tuple) else ctx.params[name]
-        for name in names
-        if ctx.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
-    }
-
-
-def run_flags() -> list[click.Parameter]:
-    """The flags of a run, the same for every method."""
-    return [
-        *model_flags(Data, "Calibration", DATA_FIELDS),
-        *model_flags(Recipe, "Run", RUN_FIELDS),
-        Flag(["--fresh"], is_flag=True, help="start over instead of resuming or reusing", section="Run"),
-        Flag(["--plan"], is_flag=True, help="check and predict, and start nothing", section="Run"),
-        Flag(["--print-recipe"], is_flag=True, help="print the recipe and stop", section="Run"),
-    ]
-
-
-def output_flags() -> list[click.Parameter]:
-    """The flags that say how a command speaks."""
-    return [
-        Flag(["--json"], is_flag=True, help="JSON lines on standard output", section="Output"),
-        Flag(["--quiet"], is_flag=True, help="say nothing but errors", section="Output"),
-        Flag(["--debug"], is_flag=True, help="show the traceback of an error", section="Output"),
-    ]
-
-
-@dataclass(frozen=True)
-class RunChoice:
-    """What the flags of a run say, apart from the recipe."""
-
-    fresh: bool
-    plan: bool
-    print_recipe: bool
-
-    @classmethod
-    def of(cls, ctx: click.Context) -> "RunChoice":
-        """Read them from a parsed command line."""
-        return cls(ctx.params["fresh"], ctx.params["plan"], ctx.params["print_recipe"])
 
 
 def default_of(field: FieldInfo) -> Any:

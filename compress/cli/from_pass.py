@@ -1,84 +1,78 @@
 """A command made from a pass: its fields are the flags, its docstrings the help page."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any
 
-import click
+import typer
 
-from compress.cli.flags import (
-    DATA_FIELDS,
-    RUN_FIELDS,
-    Flag,
-    FlagCommand,
-    given,
-    model_flags,
-    output_flags,
-    run_flags,
-)
+from compress.cli.flags import FlagCommand, model_flags, part, with_flags
+from compress.cli.start import DATA_FIELDS, RUN_FIELDS, RUN_FLAGS, Output, RunChoice, start
 from compress.core.errors import CompressError
 from compress.core.facts import MEANING, Fact
 from compress.core.passes import Pass, build, find
 from compress.core.recipe import Recipe
 
-
-class Start(Protocol):
-    """What a method command calls when its recipe is made."""
-
-    def __call__(self, ctx: click.Context, recipe: Recipe, out: Path | None, *, single: bool) -> int:
-        """Run the recipe; returns the exit code."""
+MODEL = "a folder, a hub id or builtin:NAME"
+"""What may be given as a model."""
 
 
-def command(name: str, start: Start) -> click.Command:
-    """The command of a method.
+def application(name: str) -> typer.Typer:
+    """The command of a method, as an application of one command.
 
     Args:
         name: registered name, such as ``quantize.gptq``.
-        start: runs the one-step recipe that the command builds.
 
     Raises:
         UsageError: no method has this name.
         PlanError: the method cannot be imported or breaks the contract of passes.
     """
     method = find(name)
+    made = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-    def invoked(**_: Any) -> int:
-        ctx = click.get_current_context()
-        out = ctx.params["out"]
-        return start(ctx, recipe_of(name, ctx), None if out is None else Path(out), single=True)
-
-    return FlagCommand(
+    @made.command(
         name.partition(".")[2],
-        params=[
-            click.Argument(["model"]),
-            *model_flags(method, "Method"),
-            Flag(["--out"], metavar="DIR", help="folder of the result", section="Run"),
-            *run_flags(),
-            *output_flags(),
-        ],
-        callback=invoked,
+        cls=FlagCommand,
         help=description(method),
         short_help=method.summary,
         epilog=epilog(name, method),
         options_metavar="--out DIR [FLAGS]",
-        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
+    @with_flags(*model_flags(method, "Method"), *RUN_FLAGS)
+    def run(
+        model: Annotated[str, typer.Argument(help=MODEL)],
+        choice: RunChoice,
+        output: Output,
+        out: Annotated[
+            Path | None, typer.Option(metavar="DIR", help="folder of the result", rich_help_panel="Run")
+        ] = None,
+        **given: Any,
+    ) -> int:
+        return start(recipe_of(name, model, given), out, choice, output, single=True)
+
+    return made
 
 
-def recipe_of(name: str, ctx: click.Context) -> Recipe:
-    """The one-step recipe that a parsed method command stands for.
+def recipe_of(name: str, model: str, given: Mapping[str, Any]) -> Recipe:
+    """The one-step recipe that a method command stands for.
+
+    Args:
+        name: registered name of the method.
+        model: the source.
+        given: values of flags, by field, of the method and of the run.
 
     Raises:
         UsageError: a value does not fit.
     """
-    options = given(ctx, find(name).model_fields)
+    options = part(given, find(name).model_fields)
     # A complaint about a flag of the method is made in the method's name, not in that of a step.
     build(name, options)
     return Recipe.of(
         {
-            "model": ctx.params["model"],
-            "data": given(ctx, DATA_FIELDS),
+            "model": model,
+            "data": part(given, DATA_FIELDS),
             "steps": [{"use": name, **options}],
-            **given(ctx, RUN_FIELDS),
+            **part(given, RUN_FIELDS),
         },
         source="command",
     )
@@ -98,7 +92,7 @@ def title(name: str) -> str:
 def description(method: type[Pass]) -> str:
     """What a method does, for the top of its help page."""
     summary = method.summary[0].upper() + method.summary[1:].rstrip(".") + "."
-    lines = [summary, "MODEL is a folder, a hub id or builtin:NAME."]
+    lines = [summary]
     if method.calibrated:
         lines.append("Reads calibration text: give --calibration TEXT.")
     facts = [f"Needs {_facts(method.needs)}."] if method.needs else []

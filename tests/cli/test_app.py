@@ -110,7 +110,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["bench", "m", "n", "--text", "y"], "'compress bench' needs --out", "compress bench --help"),
         (["--verzion"], "unknown flag '--verzion'", "did you mean '--version'?"),
-        (["inspect", "a", "b"], "Got unexpected extra argument (b)", "compress inspect --help"),
+        (["inspect", "a", "b"], "Got unexpected extra argument(s) (b)", "compress inspect --help"),
     ],
 )
 def test_a_wrong_command_is_one_line_a_hint_and_exit_code_two(

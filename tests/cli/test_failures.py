@@ -2,8 +2,8 @@
 
 import errno
 
-import click
 import pytest
+import typer
 
 from compress.cli.failures import debugging, explain, show
 from compress.cli.render import ReaderLeft
@@ -16,7 +16,7 @@ from compress.core.errors import PlanError, VerificationError
         (PlanError("needs float weights", "put it before"), "needs float weights", 5),
         (VerificationError("a weight differs"), "a weight differs", 9),
         (KeyboardInterrupt(), "interrupted", 130),
-        (click.Abort(), "interrupted", 130),
+        (typer.Abort(), "interrupted", 130),
         (BrokenPipeError(), "", 141),
         (MemoryError(), "the memory is used up", 6),
         (OSError(errno.ENOSPC, "No space left on device", "/full/file"), "the disk is full: /full/file", 6),
@@ -25,7 +25,7 @@ from compress.core.errors import PlanError, VerificationError
         (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full", 6),
         (RuntimeError("odd"), "internal error: RuntimeError: odd", 1),
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), "internal error: FileNotFoundError", 1),
-        (click.ClickException("bad file."), "bad file", 2),
+        (typer.BadParameter("bad file."), "Invalid value: bad file", 2),
     ],
 )
 def test_what_is_said_and_with_which_code(error: BaseException, message: str, code: int) -> None:
@@ -33,7 +33,7 @@ def test_what_is_said_and_with_which_code(error: BaseException, message: str, co
     assert failure.message.startswith(message)
     assert failure.exit_code == code
     # Where something is said, it also says what to do, unless the error itself has no remedy.
-    assert failure.hint or not failure.message or isinstance(error, VerificationError | click.ClickException)
+    assert failure.hint or not failure.message or isinstance(error, VerificationError | typer.TyperException)
 
 
 def test_a_device_out_of_memory_is_told_by_its_name() -> None:

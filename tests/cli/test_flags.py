@@ -1,12 +1,14 @@
 """Flags made from fields, and values read as a recipe would read them."""
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-import click
 import pytest
+import typer
 from pydantic import BaseModel, ConfigDict, Field
+from typer.testing import CliRunner
 
-from compress.cli.flags import FlagCommand, entry_type, given, metavar, model_flags, spelling
+from compress.cli.flags import FlagCommand, entry_type, metavar, model_flags, part, spelling, with_flags
 
 
 class Entry(BaseModel):
@@ -31,16 +33,35 @@ class Options(BaseModel):
     single: Entry | None = Field(default=None, description="one entry")
 
 
+@dataclass(frozen=True)
+class Tone:
+    loud: Annotated[bool, typer.Option("--loud", help="speak up", rich_help_panel="Output")] = False
+    name_of: Annotated[str, typer.Option(metavar="NAME", rich_help_panel="Output")] = "nobody"
+
+
+def application(found: dict[str, Any]) -> typer.Typer:
+    """An application of one command, which leaves what it was given."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+    @app.command("test", cls=FlagCommand, options_metavar="[FLAGS]")
+    @with_flags(*model_flags(Options, "Method"))
+    def keep(model: Annotated[str, typer.Argument(help="a model")], tone: Tone, **given: Any) -> int:
+        found.update(given, model=model, tone=tone)
+        return 0
+
+    return app
+
+
+def called(*words: str) -> dict[str, Any]:
+    """What the command makes of some words."""
+    found: dict[str, Any] = {}
+    CliRunner().invoke(application(found), ["m", *words], standalone_mode=False, catch_exceptions=False)
+    return found
+
+
 def parsed(*words: str) -> dict[str, Any]:
     """What the flags of `Options` make of some words."""
-    found: dict[str, Any] = {}
-
-    def keep(**_: Any) -> None:
-        found.update(given(click.get_current_context(), Options.model_fields))
-
-    params: list[click.Parameter] = [*model_flags(Options, "Method")]
-    FlagCommand("test", params=params, callback=keep).main(list(words), standalone_mode=False)
-    return found
+    return part(called(*words), Options.model_fields)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +98,17 @@ def test_words_become_options(words: list[str], options: dict[str, Any]) -> None
     Options(**options)
 
 
+def test_a_value_that_was_given_counts_even_where_it_is_none() -> None:
+    assert parsed("--group-size", "null") == {"group_size": None}
+
+
+def test_a_dataclass_among_the_parameters_is_one_flag_a_field() -> None:
+    assert called()["tone"] == Tone()
+    assert called("--loud", "--name-of", "x")["tone"] == Tone(loud=True, name_of="x")
+
+
 def test_an_entry_that_is_no_mapping_is_refused() -> None:
-    with pytest.raises(click.BadParameter, match=r"'8' is not MATCH:bits=\.\.\., nor a YAML mapping"):
+    with pytest.raises(typer.BadParameter, match=r"'8' is not MATCH:bits=\.\.\., nor a YAML mapping"):
         parsed("--override", "8")
 
 
@@ -103,11 +133,10 @@ def test_spelling_and_placeholder(name: str, flag: str, shown: str) -> None:
 
 
 def test_help_shows_description_and_default_under_its_heading() -> None:
-    params: list[click.Parameter] = [*model_flags(Options, "Method")]
-    command = FlagCommand("test", params=[click.Argument(["model"]), *params], options_metavar="[FLAGS]")
-    text = command.get_help(click.Context(command, info_name="test", terminal_width=100))
+    text = CliRunner().invoke(application({}), ["--help"], prog_name="test", terminal_width=100).output
     assert text.startswith("Usage: test MODEL [FLAGS]")
-    assert "Method:\n" in text
+    assert "Arguments:\n  MODEL  a model\n" in text
+    assert text.index("Method:\n") < text.index("Output:\n")
     assert "bits of a weight [default: 4]" in text
     assert "on [default: yes]" in text
     assert "name [default" not in text

@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
 import jsonschema
 import pytest
 import yaml
 from pydantic import BaseModel
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
 from compress.cli import app
 from compress.cli.docs import method_page, own_names
@@ -50,16 +51,18 @@ def described(model: type[BaseModel]) -> list[str]:
     return missing
 
 
-def command_of(name: str) -> tuple[click.Command, click.Context]:
+def command_of(name: str) -> tuple[TyperCommand, Any]:
+    """The command of a method, and the context in which its help page is written."""
     family, _, short = name.partition(".")
-    root = app.root()
-    outer = click.Context(root, info_name="compress")
+    root = get_command(app.app)
+    assert isinstance(root, TyperGroup)
+    outer = root.make_context("compress", [], resilient_parsing=True)
     group = root.get_command(outer, family)
-    assert isinstance(group, click.Group)
-    inner = click.Context(group, info_name=family, parent=outer)
+    assert isinstance(group, TyperGroup)
+    inner = group.make_context(family, [], outer, resilient_parsing=True)
     command = group.get_command(inner, short)
-    assert command is not None
-    return command, click.Context(command, info_name=short, parent=inner)
+    assert isinstance(command, TyperCommand)
+    return command, command.make_context(short, [], inner, resilient_parsing=True)
 
 
 def test_the_name_is_a_family_and_a_method(name: str, method: type[Pass]) -> None:

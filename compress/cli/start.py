@@ -1,0 +1,109 @@
+"""How a command speaks, and how a recipe that it made is started.
+
+Torch is imported inside the functions that need it, never to show a help page.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress.cli.flags import model_flags
+from compress.cli.render import reporter_for
+from compress.cli.tables import measured_document, plan_text, result_text
+from compress.core.errors import UsageError
+from compress.core.events import Reporter
+from compress.core.recipe import Data, Recipe
+
+RUN_FIELDS = ("task", "seed", "device", "threads", "trust_remote_code")
+"""Fields of `Recipe` that every command which runs something offers as flags."""
+DATA_FIELDS = ("calibration", "samples", "sequence_length", "batch_size")
+"""Fields of `Data` that every such command offers."""
+RUN_FLAGS = (
+    *model_flags(Data, "Calibration", DATA_FIELDS),
+    *model_flags(Recipe, "Run", RUN_FIELDS),
+)
+
+Debug = Annotated[
+    bool, typer.Option("--debug", help="show the traceback of an error", rich_help_panel="Output")
+]
+
+
+@dataclass(frozen=True)
+class Output:
+    """The flags that say how a command speaks."""
+
+    json: Annotated[
+        bool, typer.Option("--json", help="JSON lines on standard output", rich_help_panel="Output")
+    ] = False
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="say nothing but errors", rich_help_panel="Output")
+    ] = False
+    debug: Debug = False
+
+    def reporter(self) -> Reporter:
+        """The reporter that the flags ask for."""
+        return reporter_for(machine=self.json, quiet=self.quiet)
+
+    def say(self, text: str, document: Any) -> None:
+        """Print a result on standard output: for people, or as one JSON document."""
+        if self.json:
+            typer.echo(json.dumps(document, default=str))
+        elif not self.quiet:
+            typer.echo(text)
+
+
+@dataclass(frozen=True)
+class RunChoice:
+    """What the flags of a run say, apart from the recipe."""
+
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="start over instead of resuming or reusing", rich_help_panel="Run"),
+    ] = False
+    plan: Annotated[
+        bool, typer.Option("--plan", help="check and predict, and start nothing", rich_help_panel="Run")
+    ] = False
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="print the recipe and stop", rich_help_panel="Run")
+    ] = False
+
+
+def start(recipe: Recipe, out: Path | None, choice: RunChoice, output: Output, *, single: bool) -> int:
+    """Print, plan or run a recipe, as the flags say; returns the exit code.
+
+    Args:
+        recipe: what to run.
+        out: folder of the result.
+        choice: whether to print, to plan or to run.
+        output: how to speak of it.
+        single: the folder is the artifact of the only step; otherwise it holds one folder a step.
+    """
+    if choice.print_recipe:
+        typer.echo(recipe.dump(), nl=False)
+        return 0
+    if out is None and not choice.plan:
+        raise UsageError(
+            f"'compress {recipe.steps[0].use.replace('.', ' ')}' needs --out DIR",
+            "name the folder of the result, or give --plan",
+        )
+    from compress import engine
+
+    plan = engine.plan(recipe, out, reporter=output.reporter(), fresh=choice.fresh, single=single)
+    if choice.plan:
+        rows = plan.describe()
+        output.say(plan_text(rows), {"event": "plan", "steps": rows})
+        return 0
+    result = engine.execute(plan)
+    document = {
+        "event": "result",
+        "final": str(result.final),
+        "artifacts": [str(path) for path in result.artifacts],
+        "did_nothing": result.did_nothing,
+        **({} if result.results is None else measured_document(result.results)),
+        "exit_code": result.exit_code,
+    }
+    output.say(result_text(result), document)
+    return result.exit_code
