@@ -43,7 +43,7 @@ class Root(TyperGroup):
     def get_command(self, ctx: "Context", cmd_name: str) -> "Command | None":
         """The command of a name."""
         known = self.list_commands(ctx)
-        if cmd_name in FAMILIES and cmd_name not in known:
+        if cmd_name in FAMILIES and cmd_name not in known and not ctx.resilient_parsing:
             raise UsageError(f"there is no {cmd_name} method", "`compress methods` lists what there is")
         return super().get_command(ctx, cmd_name) if _knows(ctx, cmd_name, known) else None
 
@@ -70,8 +70,11 @@ class Family(TyperGroup):
 
 def _methods(ctx: "Context", family: str) -> list[str]:
     """Short names of the methods of a family: of those that the context brings along, or of all."""
-    registered = names() if ctx.obj is None else ctx.obj
-    return [name.partition(".")[2] for name in registered if name.startswith(f"{family}.")]
+    outermost = ctx.find_root()
+    if outermost.obj is None:
+        # Once a command line: to look for installed methods takes longer than the rest of a help page.
+        outermost.obj = names()
+    return [name.partition(".")[2] for name in outermost.obj if name.startswith(f"{family}.")]
 
 
 def _knows(ctx: "Context", word: str, known: Sequence[str]) -> bool:

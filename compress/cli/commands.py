@@ -152,7 +152,9 @@ def methods(output: Output) -> int:
     return 0
 
 
-@fixed.command("schema", cls=FlagCommand, options_metavar="", short_help="print the JSON schema of recipes")
+@fixed.command(
+    "schema", cls=FlagCommand, options_metavar="[FLAGS]", short_help="print the JSON schema of recipes"
+)
 def print_schema(_debug: Debug = False) -> int:
     """Print the JSON schema of recipes, with the options of every method; for editors and checks."""
     typer.echo(json.dumps(schema(), indent=2))

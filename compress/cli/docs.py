@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from pydantic import BaseModel
@@ -22,6 +22,9 @@ from compress.cli.flags import default_of, entry_type, is_model, metavar, shown,
 from compress.core.facts import MEANING
 from compress.core.passes import Pass, find, names
 from compress.core.recipe import schema
+
+if TYPE_CHECKING:
+    from compress.cli.flags import Command, Context
 
 WIDTH = 100
 """Columns of a help page in the documentation."""
@@ -128,7 +131,9 @@ def _help_pages(methods: Sequence[str]) -> list[tuple[str, int, str]]:
     """Path, depth and help text of the application and of all commands below it, for these methods."""
     found = []
 
-    def walk(command: "Command", name: str, parent: "Context | None", depth: int) -> None:
+    def walk(command: "Command | None", name: str, parent: "Context | None", depth: int) -> None:
+        if command is None:
+            return
         ctx = command.make_context(
             name,
             [],

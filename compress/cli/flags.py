@@ -80,17 +80,13 @@ def with_flags(*made: Parameter) -> Callable[[Callable[..., int]], Callable[...,
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         own = signature(command).parameters.values()
-        groups = {
-            parameter.name: signature(parameter.annotation).parameters
-            for parameter in own
-            if is_dataclass(parameter.annotation)
-        }
-        types_of = {parameter.name: parameter.annotation for parameter in own}
+        groups: dict[str, Any] = {each.name: each.annotation for each in own if is_dataclass(each.annotation)}
+        fields = {name: signature(group).parameters for name, group in groups.items()}
 
         @functools.wraps(command)
         def called(ctx: typer.Context, **values: Any) -> int:
-            for name, fields in groups.items():
-                values[name] = types_of[name](**{field: values.pop(field) for field in fields})
+            for name, group in groups.items():
+                values[name] = group(**{field: values.pop(field) for field in fields[name]})
             for flag in made:
                 source = ctx.get_parameter_source(flag.name)
                 if source is None or source.name == "DEFAULT":
@@ -101,8 +97,9 @@ def with_flags(*made: Parameter) -> Callable[[Callable[..., int]], Callable[...,
             Parameter("ctx", Parameter.KEYWORD_ONLY, annotation=typer.Context),
             *(each for each in own if each.name not in groups and each.kind is not Parameter.VAR_KEYWORD),
             *made,
-            *(field for fields in groups.values() for field in fields.values()),
+            *(field for named in fields.values() for field in named.values()),
         ]
+        # Typer reads the signature; keywords, because what has no default follows what has one.
         called.__signature__ = Signature(  # type: ignore[attr-defined]
             [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
         )
