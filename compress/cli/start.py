@@ -21,26 +21,22 @@ RUN_FIELDS = ("task", "seed", "device", "threads", "trust_remote_code")
 """Fields of `Recipe` that every command which runs something offers as flags."""
 DATA_FIELDS = ("calibration", "samples", "sequence_length", "batch_size")
 """Fields of `Data` that every such command offers."""
-RUN_FLAGS = (
-    *model_flags(Data, "Calibration", DATA_FIELDS),
-    *model_flags(Recipe, "Run", RUN_FIELDS),
-)
+RUN_FLAGS = (*model_flags(Data, "Calibration", DATA_FIELDS), *model_flags(Recipe, "Run", RUN_FIELDS))
 
-Debug = Annotated[
-    bool, typer.Option("--debug", help="show the traceback of an error", rich_help_panel="Output")
-]
+
+def _switch(flag: str, text: str, section: str) -> Any:
+    return typer.Option(flag, help=text, rich_help_panel=section)
+
+
+Debug = Annotated[bool, _switch("--debug", "show the traceback of an error", "Output")]
 
 
 @dataclass(frozen=True)
 class Output:
     """The flags that say how a command speaks."""
 
-    json: Annotated[
-        bool, typer.Option("--json", help="JSON lines on standard output", rich_help_panel="Output")
-    ] = False
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="say nothing but errors", rich_help_panel="Output")
-    ] = False
+    json: Annotated[bool, _switch("--json", "JSON lines on standard output", "Output")] = False
+    quiet: Annotated[bool, _switch("--quiet", "say nothing but errors", "Output")] = False
     debug: Debug = False
 
     def reporter(self) -> Reporter:
@@ -59,16 +55,9 @@ class Output:
 class RunChoice:
     """What the flags of a run say, apart from the recipe."""
 
-    fresh: Annotated[
-        bool,
-        typer.Option("--fresh", help="start over instead of resuming or reusing", rich_help_panel="Run"),
-    ] = False
-    plan: Annotated[
-        bool, typer.Option("--plan", help="check and predict, and start nothing", rich_help_panel="Run")
-    ] = False
-    print_recipe: Annotated[
-        bool, typer.Option("--print-recipe", help="print the recipe and stop", rich_help_panel="Run")
-    ] = False
+    fresh: Annotated[bool, _switch("--fresh", "start over instead of resuming or reusing", "Run")] = False
+    plan: Annotated[bool, _switch("--plan", "check and predict, and start nothing", "Run")] = False
+    print_recipe: Annotated[bool, _switch("--print-recipe", "print the recipe and stop", "Run")] = False
 
 
 def start(recipe: Recipe, out: Path | None, choice: RunChoice, output: Output, *, single: bool) -> int:
