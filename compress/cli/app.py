@@ -72,7 +72,7 @@ def _methods(ctx: "Context", family: str) -> list[str]:
     """Short names of the methods of a family: of those that the context brings along, or of all."""
     outermost = ctx.find_root()
     if outermost.obj is None:
-        # Once a command line: to look for installed methods takes longer than the rest of a help page.
+        # Once a command line, because it reads the entry points of everything installed.
         outermost.obj = names()
     return [name.partition(".")[2] for name in outermost.obj if name.startswith(f"{family}.")]
 
@@ -100,7 +100,7 @@ app = typer.Typer(
     help="Make language models smaller, faster and cheaper, and prove it.",
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    # Plain help pages: rich would take longer to import than all the rest.
+    # Plain help pages, which do not wait for rich to be imported.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
