@@ -40,7 +40,8 @@ class Checkpoint:
         self.model = model
         self._quantizer = quantizer
         self._entries = read_model(source.path)
-        self._mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
+        # transformers declares the mapping more widely than what its own loader takes.
+        self._mapping: list[Any] = get_model_conversion_mapping(model, hf_quantizer=quantizer)
         self.target = self._targets(self._mapping, self.names)
         # The way back is that of float weights; a quantizer's own operations have none. Renaming the float
         # names marks the rules that this checkpoint needs, as transformers does while it loads.
@@ -188,7 +189,7 @@ class _Stored:
         if raw.numel():
             with self._entry.file.open("rb", buffering=0) as stream:
                 stream.seek(self._entry.start)
-                view, filled = memoryview(raw.numpy()), 0
+                view, filled = memoryview(raw.numpy().data), 0
                 while filled < len(view):
                     count = stream.readinto(view[filled:])
                     if not count:

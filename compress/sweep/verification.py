@@ -256,4 +256,4 @@ def _decompressed(module: nn.Module) -> torch.Tensor:
 
     with quiet(), torch.no_grad():
         decompress_module(module)
-    return module.weight.detach()  # type: ignore[union-attr, operator, return-value]
+    return module.get_parameter("weight").detach()
