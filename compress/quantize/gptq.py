@@ -109,16 +109,14 @@ class Gptq(Rounder):
             CalibrationError: no data reached the layer, or its Hessian cannot be used.
             ModelError: the weight holds NaN or infinite values.
         """
-        from compress.numerics.affine import ClipSearch, Quantized, choose_scales, quantize
+        from compress.numerics.affine import choose_scales, round_to_nearest
         from compress.numerics.feedback import output_error, refine, round_with_feedback
         from compress.numerics.hessian import Hessian
 
         if statistic is None:
             # An embedding: rows are looked up, so errors of its columns do not add up and nothing can make
             # up for them. With the identity for a Hessian, GPTQ is rounding to nearest.
-            search = None if self.clip == "none" else ClipSearch(signed=self.signed_scales)
-            scale, zero = choose_scales(weight, scheme, storage, search=search)
-            return Rounded(Quantized(quantize(weight, scale, zero, scheme), scale, zero, scheme))
+            return Rounded(round_to_nearest(weight, scheme, storage, search=self._search()))
         if not isinstance(statistic, Hessian):
             raise CalibrationError(
                 f"GPTQ needs the Hessian of the layer's input, got {type(statistic).__name__}",
