@@ -12,9 +12,9 @@ INSTALLED := $(VENV)/.installed
 
 venv: $(INSTALLED)
 
+# The pins by the environment and not by -c, so that what builds the package is pinned too.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	# By the environment and not by -c, so that what builds the package is pinned too.
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    $(PIP_FLAGS) -e '.[dev]'
 	touch $@

@@ -160,6 +160,7 @@ def plan(
     folder.claim()
     run = _circumstances(recipe, reporter)
     _check_texts(recipe, run)
+    _check_bench(recipe, source)
     text = run.calibration.text if run.calibration is not None else None
     examine(
         source,
@@ -335,6 +336,22 @@ def _check_texts(recipe: Recipe, run: Run) -> None:
         if recipe.data.eval is None:
             raise PlanError("the recipe has a bench and no text to measure on", "set data.eval")
         corpora.check(recipe.data.eval)
+
+
+def _check_bench(recipe: Recipe, source: Artifact) -> None:
+    """Refuse now what the benchmark would refuse after hours of compressing."""
+    if recipe.bench is None:
+        return
+    from compress import runtimes
+    from compress.bench.metrics import quantities
+    from compress.bench.options import Options
+    from compress.core.gate import check_metrics
+    from compress.models.tasks import resolve
+
+    Options.of(recipe.bench.options)
+    for name in recipe.bench.runtimes:
+        runtimes.find(name)
+    check_metrics(recipe.gates, quantities(resolve(recipe.task, source.config).metrics))
 
 
 def _step_circumstances(method: Pass, source: Artifact, run: Run) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class _Experiment:
     materials: dict[Path, tuple[Path, Material]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.threads = self.options.threads or len(os.sched_getaffinity(0))
+        self.threads = self.options.threads or _cores()
         self.device = _device(self.options)
         self.environment = describe(self.device, self.threads)
 
@@ -267,6 +267,12 @@ class _Experiment:
         )
         results.write(self.out / name)
         return results
+
+
+def _cores() -> int:
+    """Cores that this process may use; where the system does not say, all there are."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
 
 
 def _device(options: Options) -> str:

@@ -25,7 +25,7 @@ class Options(BaseModel):
         default="windows",
         description="perplexity over disjoint windows of the joined text, or over each document by itself",
     )
-    tokens: PositiveInt = Field(default=40_960, description="tokens of text that are scored")
+    tokens: PositiveInt = Field(default=20_480, description="tokens of text that are scored")
     window: PositiveInt | None = Field(
         default=None, description="tokens of a scored window; none takes 2,048 or the model's positions"
     )

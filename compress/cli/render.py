@@ -106,10 +106,13 @@ class PlainReporter(Reporter):
             self._line(", ".join(parts))
 
     def end(self) -> None:
-        """Sum up the outermost piece of work."""
+        """Sum up the outermost piece of work, or say where it stopped."""
         work = self._stack.pop()
         if not self._stack:
-            self._line(f"{work.title}: {work.done} done in {duration(self._clock() - work.started)}")
+            took = duration(self._clock() - work.started)
+            whole = work.done >= work.total
+            said = f"{work.done} done in" if whole else f"stopped at {work.done}/{work.total} after"
+            self._line(f"{work.title}: {said} {took}")
 
     def _line(self, text: str) -> None:
         _write_line(self._stream, text)

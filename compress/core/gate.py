@@ -221,8 +221,8 @@ class Gate(BaseModel):
             return self._said(Verdict.UNDECIDED, explanation, before, after, effect)
         inside = [_inside(bound, limit, upper=upper, strict=strict) for bound in (effect.low, effect.high)]
         verdict = Verdict.PASS if all(inside) else Verdict.UNDECIDED if any(inside) else Verdict.FAIL
-        interval = f"[{effect.low:.5g}, {effect.high:.5g}]" if effect.low != effect.high else "exactly"
-        explanation = f"{shown} {interval}, wanted {sign} {limit:.5g}; {effect.method}"
+        interval = f" [{effect.low:.5g}, {effect.high:.5g}]" if effect.low != effect.high else ""
+        explanation = f"{shown}{interval}, wanted {sign} {limit:.5g}; {effect.method}"
         return self._said(verdict, explanation, before, after, effect)
 
     def invalid(self, reason: str, before: str = "before", after: str = "after") -> Judgement:

@@ -32,12 +32,12 @@ class Scheme:
     def lowest(self) -> int:
         """The smallest integer of the scheme."""
         narrow = self.symmetric and self.range == "narrow"
-        return -(2 ** (self.bits - 1)) + (1 if narrow else 0)
+        return -(1 << (self.bits - 1)) + (1 if narrow else 0)
 
     @property
     def highest(self) -> int:
         """The largest integer of the scheme."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     @property
     def steps(self) -> int:

@@ -101,7 +101,7 @@ class CompressedTensors(WeightFormat):
             if named:
                 targets.append(f"re:^({'|'.join(re.escape(name) for name in named)})$")
             groups[f"group_{index}"] = {"targets": targets, "weights": _weights(scheme)}
-        quantization = {
+        quantization: dict[str, Any] = {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",

@@ -19,6 +19,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from compress.core.artifact import Artifact
 from compress.core.errors import ModelError
@@ -40,8 +41,10 @@ class Checkpoint:
         self.model = model
         self._quantizer = quantizer
         self._entries = read_model(source.path)
-        self._mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
+        # transformers declares the mapping more widely than what its own loader takes.
+        self._mapping: list[Any] = get_model_conversion_mapping(model, hf_quantizer=quantizer)
         self.target = self._targets(self._mapping, self.names)
+        self.passed_over = self._passed_over()
         # The way back is that of float weights; a quantizer's own operations have none. Renaming the float
         # names marks the rules that this checkpoint needs, as transformers does while it loads.
         self._back = get_model_conversion_mapping(model)
@@ -60,6 +63,22 @@ class Checkpoint:
                 renamed = name
             targets[name] = renamed
         return targets
+
+    def _passed_over(self) -> frozenset[str]:
+        """Names on disk that transformers leaves unread: buffers that older versions used to store."""
+        known = self.model.state_dict()
+        strange = {target for target in self.target.values() if target not in known}
+        report = LoadStateDictInfo(
+            missing_keys=set(),
+            unexpected_keys=set(strange),
+            mismatched_keys=set(),
+            error_msgs=[],
+            conversion_errors={},
+            skipped_pp_keys=set(),
+        )
+        self.model._adjust_missing_and_unexpected_keys(report)
+        left = strange - report.unexpected_keys
+        return frozenset(name for name, target in self.target.items() if target in left)
 
     @property
     def names(self) -> list[str]:
@@ -89,7 +108,7 @@ class Checkpoint:
         Raises:
             ModelError: a tensor belongs nowhere, has another shape than its module, or cannot be converted.
         """
-        part = {name: _Stored(self._entries[name]) for name in names}
+        part = {name: _Stored(self._entries[name]) for name in names if name not in self.passed_over}
         config = LoadStateDictConfig(
             dtype=self.model.dtype,
             weight_mapping=self._mapping,
@@ -188,7 +207,7 @@ class _Stored:
         if raw.numel():
             with self._entry.file.open("rb", buffering=0) as stream:
                 stream.seek(self._entry.start)
-                view, filled = memoryview(raw.numpy()), 0
+                view, filled = memoryview(raw.numpy().data), 0
                 while filled < len(view):
                     count = stream.readinto(view[filled:])
                     if not count:

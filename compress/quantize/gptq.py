@@ -51,7 +51,7 @@ class Gptq(Rounder):
     calibrated: ClassVar[bool] = True
 
     damping: float = Field(
-        default=0.01,
+        default=0.05,
         ge=0,
         le=1,
         description="added to the Hessian's diagonal, relative to its mean; grows where it is too small",
@@ -76,7 +76,7 @@ class Gptq(Rounder):
         "and the `full` integer range",
     )
     refinement: int = Field(
-        default=2,
+        default=4,
         ge=0,
         le=100,
         description="sweeps of coordinate descent over scales and integers after rounding; 0 is plain GPTQ",
@@ -109,10 +109,14 @@ class Gptq(Rounder):
             CalibrationError: no data reached the layer, or its Hessian cannot be used.
             ModelError: the weight holds NaN or infinite values.
         """
-        from compress.numerics.affine import choose_scales
+        from compress.numerics.affine import choose_scales, round_to_nearest
         from compress.numerics.feedback import output_error, refine, round_with_feedback
         from compress.numerics.hessian import Hessian
 
+        if statistic is None:
+            # An embedding: rows are looked up, so errors of its columns do not add up and nothing can make
+            # up for them. With the identity for a Hessian, GPTQ is rounding to nearest.
+            return Rounded(round_to_nearest(weight, scheme, storage, search=self._search()))
         if not isinstance(statistic, Hessian):
             raise CalibrationError(
                 f"GPTQ needs the Hessian of the layer's input, got {type(statistic).__name__}",

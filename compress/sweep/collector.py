@@ -161,7 +161,7 @@ class _ExpertWatch(TorchFunctionMode):
         self._of: dict[tuple[int, int], Matrix] = {}
         for matrix in experts:
             view = matrix.of(model.get_parameter(matrix.parameter))
-            self._of[(view.untyped_storage().data_ptr(), view.storage_offset())] = matrix
+            self._of[(view.untyped_storage().data_ptr(), int(view.storage_offset()))] = matrix
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -102,7 +102,7 @@ def find_matrices(model: Any, part: str, checkpoint: Checkpoint) -> Found:
 def outside(module: nn.Module, name: str, checkpoint: Checkpoint) -> Matrix:
     """A linear layer or an embedding outside the blocks, which a user asked for."""
     weight = f"{name}.weight"
-    rows, columns = module.weight.shape
+    rows, columns = module.get_parameter("weight").shape
     files = tuple(disk for disk in checkpoint.names if checkpoint.target[disk] == weight)
     return Matrix(name, weight, None, type(module).__name__, rows, columns, files)
 

@@ -197,7 +197,9 @@ class Sweep:
                 progress.results[matrix] = part
                 progress.errors[matrix.name] = error
                 row = {"layer": matrix.name, "rows": matrix.rows, "columns": matrix.columns}
-                row |= {"scheme": str(label), "tokens": tokens, "error": f"{error:.6g}"}
+                if matrix.kind != "Embedding":
+                    row["tokens"] = tokens
+                row |= {"scheme": str(label), "error": f"{error:.6g}"}
                 progress.layers.append(row | _recorded(treated.notes) | {"seconds": f"{seconds:.4f}"})
 
     # -- the edges ---------------------------------------------------------------------------------
@@ -235,7 +237,8 @@ class Sweep:
         head = self.model.get_output_embeddings()
         if head is None or head.weight is self.model.get_input_embeddings().weight:
             return None
-        return next(name for name, module in self.model.named_modules() if module is head)
+        names: list[str] = [name for name, module in self.model.named_modules() if module is head]
+        return names[0]
 
     def _load_outside(self) -> None:
         if not (self.treatment.calibrated or self._labels_outside()):

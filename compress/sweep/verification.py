@@ -149,7 +149,11 @@ class _Verification:
         return Verified(changed, len(self.lineage.tensors) - changed, calibrated)
 
     def _check_names(self) -> None:
-        unknown = [name for name, target in self.checkpoint.target.items() if target not in self._known()]
+        unknown = [
+            name
+            for name, target in self.checkpoint.target.items()
+            if target not in self._known() and name not in self.checkpoint.passed_over
+        ]
         if unknown:
             raise VerificationError(
                 f"{unknown[0]} is on disk, and the loaded model has no place for it", _HINT
@@ -256,4 +260,4 @@ def _decompressed(module: nn.Module) -> torch.Tensor:
 
     with quiet(), torch.no_grad():
         decompress_module(module)
-    return module.weight.detach()  # type: ignore[union-attr, operator, return-value]
+    return module.get_parameter("weight").detach()

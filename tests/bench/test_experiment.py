@@ -13,6 +13,7 @@ from compress.bench.isolate import Reply
 from compress.bench.report.terminal import plain
 from compress.bench.results import Fault, Results
 from compress.core.errors import TargetError, UsageError
+from tests import models_zoo, quantized_models
 
 SMALL = {"launches": 2, "repeats": 2, "prompt_length": 8, "new_tokens": 2, "tokens": 256, "threads": 1}
 GATES = (
@@ -105,6 +106,7 @@ def test_the_table_shows_what_is_missing_and_why(results: Results) -> None:
     assert "n/a [" in shown
     assert "FAIL" in shown
     assert "device" not in shown
+    assert "cosine" not in shown
 
 
 def failing(kind: Any, when: str) -> Any:
@@ -217,7 +219,37 @@ def test_the_worker_answers_from_its_own_process(before: Path, text: Path, tmp_p
         "prefill.tokens_per_second",
         "decode.tokens_per_second",
     }
-    broken = isolate.run({**request, "artifact": str(tmp_path)}, stage="timing", time_limit=120.0, threads=1)
-    assert broken.fault is not None
-    assert broken.fault.kind == "failed"
-    assert "config.json" in broken.fault.message
+
+
+def test_the_worker_says_what_is_wrong_with_a_model(tmp_path: Path) -> None:
+    request = {
+        "artifact": str(tmp_path),
+        "options": {},
+        "stage": "memory",
+        "threads": torch.get_num_threads(),
+    }
+    error = worker.answer(request)["error"]
+    assert error["kind"] == "ModelError"
+    assert "config.json" in error["message"]
+
+
+def test_an_encoder_has_its_own_quantities(tmp_path: Path, text: Path) -> None:
+    folder = models_zoo.write("bert", tmp_path)
+    before = quantized_models.add_tokenizer(folder, models_zoo.VOCABULARY)
+    after = quantized_models.write(before, tmp_path / "int4", group=32, leave=("pooler",))
+    found = compare(
+        before,
+        [after],
+        tmp_path / "out",
+        str(text),
+        runtimes=("torch-eager", "torch-int4"),
+        gates=[{"metric": "fidelity.cosine", "test": "bound", "at_least": 0.5}],
+        options=SMALL,
+        runner=in_process,
+    )
+    assert found.task == "feature-extraction"
+    packed = found.arm("after@torch-int4").measurements
+    assert packed["encode.sequences_per_second"].value is not None
+    assert packed["fidelity.cosine"].value == pytest.approx(1.0, abs=0.1)
+    assert "perplexity" not in packed
+    assert found.exit_code == 0

@@ -13,7 +13,6 @@ import compress
 from compress.cli import app
 
 HEAVY = ("torch", "transformers", "datasets", "scipy", "numpy", "pandas", "rich")
-HELP = (["--help"], ["quantize", "--help"], ["quantize", "rtn", "--help"], ["run", "--help"])
 
 
 def run(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]":

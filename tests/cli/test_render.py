@@ -58,6 +58,16 @@ def test_plain_lines_say_start_progress_and_end(clock: Clock) -> None:
     ]
 
 
+def test_plain_lines_say_where_work_stopped(clock: Clock) -> None:
+    stream = io.StringIO()
+    reporter = PlainReporter(stream, clock)
+    reporter.begin("quantize", 4, "block")
+    reporter.advance(1)
+    clock.now = 3
+    reporter.end()
+    assert stream.getvalue().splitlines()[-1] == "quantize: stopped at 1/4 after 3.0 s"
+
+
 def test_json_lines_carry_events_progress_and_messages(clock: Clock) -> None:
     stream = io.StringIO()
     work(JsonReporter(stream, clock), clock)

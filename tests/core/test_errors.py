@@ -1,6 +1,7 @@
 """The tree of errors: kinds, exit codes and hints."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +43,8 @@ def test_message_and_hint_are_kept_apart() -> None:
 )
 def test_did_you_mean(name: str, known: list[str], hint: str) -> None:
     assert did_you_mean(name, known) == hint
+
+
+def test_every_exit_code_is_documented(root: Path) -> None:
+    page = (root / "docs" / "reproducibility.md").read_text(encoding="utf-8")
+    assert [kind for kind in KINDS if f"\n| {kind.exit_code} | " not in page] == []

@@ -11,10 +11,18 @@ from compress.core.scheme import Scheme
 from compress.numerics.affine import round_to_nearest
 from compress.numerics.feedback import output_error
 from compress.numerics.hessian import Hessian
+from compress.numerics.statistic import Statistic
 from compress.quantize.gptq import Gptq
 from compress.quantize.rtn import Rtn
 
 ROWS, COLUMNS = 24, 64
+
+
+class _Counter(Statistic):
+    """A statistic that is no Hessian."""
+
+    def add(self, rows: torch.Tensor) -> None:
+        self.tokens += rows.shape[0]
 
 
 def _weight(seed: int = 0) -> torch.Tensor:
@@ -76,7 +84,7 @@ def test_each_addition_to_the_paper_lowers_the_error() -> None:
     for options in steps:
         method = Gptq(bits=2, group_size=16, **options)
         total = 0.0
-        for seed in range(4):
+        for seed in range(2):
             rounded = method.round(_weight(seed), _hessian(seed), method.scheme_for("layer"), torch.float32)
             total += float(rounded.notes["output_error"])
         errors.append(total)
@@ -114,8 +122,20 @@ def test_a_layer_without_data_is_an_error() -> None:
     method = Gptq(group_size=16)
     with pytest.raises(CalibrationError, match="no calibration token"):
         method.round(_weight(), Hessian(COLUMNS), Scheme(4, 16), torch.bfloat16)
-    with pytest.raises(CalibrationError, match="needs the Hessian"):
-        method.round(_weight(), None, Scheme(4, 16), torch.bfloat16)
+
+
+def test_another_statistic_is_an_error() -> None:
+    with pytest.raises(CalibrationError, match="needs the Hessian of the layer's input, got _Counter"):
+        Gptq(group_size=16).round(_weight(), _Counter(), Scheme(4, 16), torch.bfloat16)
+
+
+def test_an_embedding_is_rounded_to_nearest() -> None:
+    method, nearest = Gptq(bits=4, group_size=16, clip="mse"), Rtn(clip="mse", integer_range="full")
+    ours = method.round(_weight(), None, Scheme(4, 16), torch.bfloat16)
+    theirs = nearest.round(_weight(), None, Scheme(4, 16), torch.bfloat16)
+    error = (ours.quantized.dequantize() - _weight()).square().sum()
+    assert not ours.notes
+    assert error <= (theirs.quantized.dequantize() - _weight()).square().sum()
 
 
 def test_weights_that_are_not_finite_are_an_error() -> None:

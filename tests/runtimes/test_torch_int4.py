@@ -62,6 +62,18 @@ def test_kernels_compute_the_dense_product(
         assert float((got - expected).norm() / expected.norm()) < 0.01
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 64), (4, 128), (4, 256), (4, None), (8, None)])
+def test_kernels_of_the_gpu(bits: int, group: int | None) -> None:
+    device = torch.device("cuda")
+    quantized = matrix(bits, group, True, 64, 512)
+    reason = obstacle(quantized, device)
+    if reason is not None:
+        pytest.skip(reason)
+    layer = pack(quantized, None, device, torch.bfloat16)
+    check_product(layer, quantized, device)
+
+
 def test_inputs_may_lie_anywhere_in_memory() -> None:
     """The int8 kernel reads with aligned loads: a view that starts in the middle must not crash it."""
     quantized = matrix(8, None, True, 32, 64)

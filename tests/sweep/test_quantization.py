@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
+from compress import engine
 from compress.core.artifact import Artifact, Lineage, StepRecord
 from compress.core.errors import PlanError, UsageError
 from compress.core.passes import Outcome, Pass
@@ -170,3 +172,20 @@ def test_an_asymmetric_model_loads_without_arguments(tmp_path: Path) -> None:
         Rtn(group_size=16, symmetric=False, overrides=(Override(match="*.up_proj", bits=8),)).check(
             replace(source), Run()
         )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_calibrated_method_rounds_head_and_embedding_when_asked(tied: bool, tmp_path: Path) -> None:
+    model = models_zoo.write("llama-tied" if tied else "llama", tmp_path)
+    save_file({"input_ids": models_zoo.tokens(16, 32)}, tmp_path / "tokens.safetensors")
+    step = {"use": "quantize.gptq", "group_size": 16, "include": ["lm_head", "*embed_tokens"]}
+    data = {"calibration": str(tmp_path / "tokens.safetensors"), "samples": 16, "sequence_length": 32}
+    result = engine.run({"model": str(model), "steps": [step], "data": data}, tmp_path / "out", single=True)
+    lineage = Artifact.open(result.final).lineage
+    assert lineage is not None
+    layers = lineage.steps[-1].decisions["layers"]
+    assert len(layers) == 3 * 7 + 2
+    # The head is multiplied with every hidden state; a row of the embedding is only looked up.
+    assert layers["lm_head"]["tokens"] == 16 * 32
+    assert "tokens" not in layers["model.embed_tokens"]
+    loaded(result.final)

@@ -46,7 +46,9 @@ def table(results: Results, *, everything: bool = False) -> Table:
     rows = []
     for name, quantity in quantities(TASKS[results.task].metrics).items():
         measured = [arm.measurements.get(name) for arm in results.arms]
-        if not (quantity.shown or everything) or all(m is None for m in measured):
+        running = [m for arm, m in zip(results.arms, measured, strict=True) if "unavailable" not in arm.facts]
+        # What does not apply to the task is n/a for an arm that could not run, and nothing for the others.
+        if not (quantity.shown or everything) or all(m is None for m in running or measured):
             continue
         if all(m is None or m.value is None for m in measured) and not _worth_saying(quantity):
             continue
