@@ -12,7 +12,7 @@ from compress.core.passes import invalid
 class Options(BaseModel):
     """What a bench does beyond which models, which text and which runtimes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     launches: PositiveInt = Field(
         default=3, description="timed processes of each arm; an interval on speed needs at least 2"

@@ -22,7 +22,7 @@ RESULTS_FILE: Final = "results.json"
 PROGRESS_FILE: Final = "results.partial.json"
 REPORT_FILE: Final = "report.md"
 
-_STRICT = ConfigDict(frozen=True, extra="forbid")
+_STRICT = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 @final

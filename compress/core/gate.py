@@ -61,7 +61,7 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
 class Amount(BaseModel):
     """A number in the metric's unit (``0.1``), or a share of BEFORE (``"10%"``)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     number: float
     relative: bool
@@ -104,7 +104,7 @@ Quantity = Annotated[
 class Arms(BaseModel):
     """Which two arms a gate compares, by name (``before``, ``after``), with ``@runtime`` where it matters."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     before: str | None = Field(default=None, description="the reference arm; the one of the same runtime")
     after: str | None = Field(default=None, description="the judged arm; every AFTER on the first runtime")
@@ -114,7 +114,7 @@ class Arms(BaseModel):
 class Judgement(BaseModel):
     """A gate's verdict on one pair of arms."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     gate: str = Field(description="the gate, in words")
     metric: str = Field(description="the judged quantity")
@@ -129,7 +129,7 @@ class Judgement(BaseModel):
 class Gate(BaseModel):
     """One condition. Percentages are shares of BEFORE, plain numbers are in the metric's unit."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     metric: str = Field(min_length=1, description="name of the judged quantity, such as perplexity")
     test: GateTest = Field(

@@ -27,7 +27,7 @@ class Measurement(BaseModel):
     Attributes are described by their fields. Exactly one of ``value`` and ``reason`` is there.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     value: float | None = Field(default=None, description="the measured value; null is n/a")
     reason: str | None = Field(default=None, description="why there is no value")
@@ -117,7 +117,7 @@ class Effect(BaseModel):
     ``2 * confidence - 1``: a test that looks at one of them errs at most ``1 - confidence`` of the time.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: EffectKind = Field(description="value of AFTER, AFTER minus BEFORE, or AFTER over BEFORE")
     point: float = Field(description="the estimate")

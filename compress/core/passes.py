@@ -88,7 +88,7 @@ class Pass(BaseModel, ABC):
     ``Field(description=...)``, in the words that the help page will show.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     summary: ClassVar[str] = ""
     """One line for lists and help."""

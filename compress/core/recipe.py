@@ -27,7 +27,7 @@ from compress.core.passes import Pass, build, find, invalid, name_of, names
 if TYPE_CHECKING:
     from yaml.nodes import Node
 
-_STRICT = ConfigDict(frozen=True, extra="forbid")
+_STRICT = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 _STEP_FAULT = "step"
 
 
@@ -39,7 +39,7 @@ class Step(BaseModel):
         pydantic.ValidationError: no such pass, no such option, or a value that does not fit.
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
 
     use: str = Field(description="name of the method, such as quantize.gptq")
 

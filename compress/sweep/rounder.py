@@ -43,7 +43,7 @@ class Rounded:
 class Override(BaseModel):
     """Other numbers for the modules whose name matches."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     match: str = Field(description="glob (`*.down_proj`) or `re:` regular expression over module names")
     bits: Literal[2, 3, 4, 8] | None = Field(default=None, description="bits for these modules")

@@ -30,7 +30,7 @@ from compress.models.load import tokenizer
 from compress.sweep.activations import Activations
 from compress.sweep.collector import Collector, Enough, Shared
 from compress.sweep.matrices import Matrix
-from compress.sweep.memory import return_freed
+from compress.sweep.memory import return_freed, return_large_at_once
 from compress.sweep.treatment import Replacement, Treatment
 from compress.sweep.unit import UnitRecord, encode, write_unit
 
@@ -84,6 +84,7 @@ class Sweep:
         """
         blocks = self.blocks
         records: list[UnitRecord] = []
+        return_large_at_once()
         self.run.scratch.mkdir(parents=True, exist_ok=True)
         activations = self._calibration()
         title = f"{len(self.labels)} matrices in {len(blocks)} blocks"

@@ -87,7 +87,7 @@ def test_ties_go_to_even() -> None:
     assert q.tolist() == [[0, 2, 2, 0, -2]]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(weight=_matrices(), scheme=_schemes())
 def test_within_the_range_the_error_is_at_most_half_a_step(weight: torch.Tensor, scheme: Scheme) -> None:
     ours = round_to_nearest(weight, scheme, torch.float32)
@@ -105,7 +105,7 @@ def test_within_the_range_the_error_is_at_most_half_a_step(weight: torch.Tensor,
         assert bool(((inside - weight.double()).abs() <= step * (0.5 + 1e-5)).all())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(weight=_matrices(), scheme=_schemes(), dtype=st.sampled_from(DTYPES))
 def test_quantizing_a_dequantized_matrix_changes_nothing(
     weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype
@@ -115,7 +115,7 @@ def test_quantizing_a_dequantized_matrix_changes_nothing(
     assert torch.equal(again, ours.q)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(weight=_matrices(), scheme=_schemes())
 def test_zero_is_held_exactly(weight: torch.Tensor, scheme: Scheme) -> None:
     weight[:, ::3] = 0
