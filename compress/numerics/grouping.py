@@ -7,7 +7,7 @@ import torch
 from compress.core.scheme import Scheme
 
 CHUNK_ELEMENTS = 1 << 18
-"""Elements that one step of a row-wise computation handles: 1 MiB of float32 for each temporary, which stays in a cache."""
+"""Elements that one step of a row-wise computation handles: 1 MiB of float32 for each temporary."""
 
 
 def check_groups(columns: int, scheme: Scheme) -> None:
