@@ -156,6 +156,17 @@ def render(readings: list[Reading], imported: int, environment: dict[str, str]) 
     return "\n".join(lines)
 
 
+def write(folder: Path, readings: list[Reading], imported: int, environment: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {
+        "environment": environment,
+        "import_bytes": imported,
+        "readings": [asdict(reading) for reading in readings],
+    }
+    (folder / "memory.json").write_text(json.dumps(document, indent=1) + "\n")
+    (folder / "memory.md").write_text(render(readings, imported, environment))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 32, 112])
@@ -180,15 +191,9 @@ def main() -> None:
             for method in arguments.methods:
                 readings.append(measure(method, layers, work, imported))
                 print(readings[-1], flush=True)
+                # After each, so that what took an hour outlives what comes after it.
+                write(arguments.report, readings, imported, environment)
             shutil.rmtree(work / f"model-{layers}", ignore_errors=True)
-    arguments.report.mkdir(parents=True, exist_ok=True)
-    document = {
-        "environment": environment,
-        "import_bytes": imported,
-        "readings": [asdict(r) for r in readings],
-    }
-    (arguments.report / "memory.json").write_text(json.dumps(document, indent=1) + "\n")
-    (arguments.report / "memory.md").write_text(render(readings, imported, environment))
     print((arguments.report / "memory.md").read_text())
     if any(reading.exit_code for reading in readings):
         raise SystemExit("a command did not fit into its limit")

@@ -167,6 +167,7 @@ class Sweep:
                 alike = [matrix for matrix in shared.matrices if labels[matrix] == label]
                 self._treat_together(alike, shared, label, progress)
             shared.statistic = None
+            return_freed()
 
     def _treat_together(
         self, matrices: list[Matrix], shared: Shared, label: Hashable, progress: _Progress
