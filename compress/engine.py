@@ -343,15 +343,16 @@ def _check_bench(recipe: Recipe, source: Artifact) -> None:
     if recipe.bench is None:
         return
     from compress import runtimes
-    from compress.bench.metrics import quantities
+    from compress.bench.metrics import metrics_of, quantities
     from compress.bench.options import Options
     from compress.core.gate import check_metrics
     from compress.models.tasks import resolve
 
-    Options.of(recipe.bench.options)
+    options = Options.of(recipe.bench.options)
     for name in recipe.bench.runtimes:
         runtimes.find(name)
-    check_metrics(recipe.gates, quantities(resolve(recipe.task, source.config).metrics))
+    metrics = metrics_of(resolve(recipe.task, source.config), options)
+    check_metrics(recipe.gates, quantities(metrics))
 
 
 def _step_circumstances(method: Pass, source: Artifact, run: Run) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 from compress.bench.metrics import Stage, find
 from compress.bench.results import ArmResult, Fault, merged
@@ -11,7 +11,9 @@ from compress.core.artifact import Artifact
 from compress.core.errors import UsageError, did_you_mean
 from compress.core.gate import Gate
 from compress.core.measurement import Measurement
-from compress.models.tasks import Task
+
+AGAIN: Final = "before-again"
+"""The model's name in the arms that are BEFORE launched a second time."""
 
 
 @dataclass
@@ -25,7 +27,7 @@ class Arm:
     """
 
     model: str
-    role: str
+    role: Literal["before", "after", "again"]
     runtime: str
     artifact: Artifact
     digest: str
@@ -62,7 +64,7 @@ class Arm:
         return ArmResult(
             name=self.name,
             model=self.model,
-            role="before" if self.role == "before" else "after",
+            role=self.role,
             runtime=self.runtime,
             path=str(self.artifact.path),
             digest=self.digest,
@@ -72,19 +74,36 @@ class Arm:
         )
 
 
-def arms_of(before: Artifact, after: Sequence[Artifact], runtimes: Sequence[str], task: Task) -> list[Arm]:
-    """Every model on every runtime, BEFORE first."""
+def arms_of(
+    before: Artifact,
+    after: Sequence[Artifact],
+    runtimes: Sequence[str],
+    metrics: tuple[str, ...],
+    *,
+    noise_floor: bool = False,
+) -> list[Arm]:
+    """Every model on every runtime, BEFORE first, and which metrics are taken of each.
+
+    Args:
+        noise_floor: add BEFORE on every runtime once more, to be timed alone.
+    """
     digests = {artifact.path: artifact.digest for artifact in (before, *after)}
     references = {
-        runtime: Arm("before", "before", runtime, before, digests[before.path], task.metrics)
+        runtime: Arm("before", "before", runtime, before, digests[before.path], metrics)
         for runtime in runtimes
     }
     arms = list(references.values())
     for name, artifact in zip(model_names([artifact.path for artifact in after]), after, strict=True):
         digest = digests[artifact.path]
         arms += [
-            Arm(name, "after", runtime, artifact, digest, task.metrics, references[runtime])
+            Arm(name, "after", runtime, artifact, digest, metrics, references[runtime])
             for runtime in runtimes
+        ]
+    if noise_floor:
+        timed = tuple(name for name in metrics if find(name).stage is Stage.TIMING)
+        arms += [
+            Arm(AGAIN, "again", runtime, before, digests[before.path], timed, reference)
+            for runtime, reference in references.items()
         ]
     return arms
 
@@ -96,7 +115,7 @@ def model_names(paths: Sequence[Path]) -> list[str]:
     names: list[str] = []
     for path in paths:
         stem = path.resolve().name.replace("@", "-")
-        taken = {*names, "before", "after"}
+        taken = {*names, "before", "after", AGAIN}
         names.append(next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10**6))) if n not in taken))
     return names
 

@@ -1,35 +1,49 @@
 """One experiment, before and after: all arms on the same tokens, every measured run in its own process.
 
 Timed launches of all arms are interleaved in seeded random order, round after round, so that a machine
-that slows down slows all arms. Memory and accuracy have passes of their own. After every process the
-results so far are written, so that nothing is lost.
+that slows down slows all arms. Memory and accuracy have passes of their own. While a gate is undecided the
+experiment measures twice as much and looks again, up to a budget of time. After every process the results
+so far are written, so that nothing is lost.
 """
 
 import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
 from compress import runtimes as runtime_room
-from compress.bench import isolate
-from compress.bench.arms import Arm, arms_of, check_arms
+from compress.bench import isolate, log_probabilities
+from compress.bench.arms import Arm, arms_of, baseline, check_arms
 from compress.bench.environment import describe
+from compress.bench.flips import flips_of
 from compress.bench.judging import compare_arms, judge
 from compress.bench.material import Material, prepare
-from compress.bench.metrics import Stage, Subject, find, quantities
+from compress.bench.metrics import Stage, Subject, find, metrics_of, quantities
 from compress.bench.options import Options
+from compress.bench.report.junit import junit
 from compress.bench.report.markdown import markdown
-from compress.bench.results import PROGRESS_FILE, REPORT_FILE, RESULTS_FILE, Results, write_atomically
+from compress.bench.results import (
+    JUNIT_FILE,
+    PROGRESS_FILE,
+    REPORT_FILE,
+    RESULTS_FILE,
+    ArmResult,
+    Flips,
+    Results,
+    write_atomically,
+)
 from compress.core.artifact import Artifact
 from compress.core.errors import CompressError, EnvironmentFault, TargetError, UsageError
 from compress.core.events import SILENT, Reporter
-from compress.core.gate import Gate, check_metrics
+from compress.core.gate import Gate, Verdict, check_metrics
 from compress.core.measurement import Measurement
 from compress.data.corpora import documents
+from compress.data.suites import read_suite
 from compress.models.tasks import Task, resolve
 
 Runner = Callable[..., isolate.Reply]
@@ -80,19 +94,36 @@ def compare(
     _check_target(out)
     artifacts = [Artifact.open(Path(path)) for path in (before, *after)]
     work = resolve(task, artifacts[0].config)
-    check_metrics(asked, quantities(work.metrics))
-    arms = arms_of(artifacts[0], artifacts[1:], list(dict.fromkeys(runtimes)), work)
+    metrics = metrics_of(work, settings)
+    check_metrics(asked, quantities(metrics))
+    arms = arms_of(
+        artifacts[0],
+        artifacts[1:],
+        list(dict.fromkeys(runtimes)),
+        metrics,
+        noise_floor=settings.noise_floor,
+    )
     check_arms(asked, arms)
-    most = settings.tokens if work.generates else settings.documents
     reporter.event("bench.text", source=text)
-    texts = documents(text, limit=most)
-    materials = {artifact.path: prepare(artifact, work, texts, settings) for artifact in artifacts}
+    texts = documents(text, limit=_most(work, settings))
+
+    def prepared(lengthened: Options) -> dict[Path, Material]:
+        more = texts if lengthened == settings else documents(text, limit=_most(work, lengthened))
+        return {artifact.path: prepare(artifact, work, more, lengthened) for artifact in artifacts}
+
+    materials = prepared(settings)
+    log_probabilities.check_options(artifacts[0], arms[0].runtime, materials[artifacts[0].path], settings)
     said = {"source": text, "digest": texts.digest, "description": texts.description}
     with tempfile.TemporaryDirectory(prefix="compress-bench-") as scratch:
-        experiment = _Experiment(arms, work, settings, out, said, Path(scratch), reporter, runner)
+        experiment = _Experiment(arms, work, settings, out, said, Path(scratch), reporter, runner, prepared)
         experiment.place(materials)
         experiment.run(asked)
         return experiment.finish(asked)
+
+
+def _most(task: Task, options: Options) -> int:
+    """Documents of the text that can be needed at most."""
+    return options.tokens if task.generates else options.documents
 
 
 def _check_target(out: Path) -> None:
@@ -121,13 +152,18 @@ class _Experiment:
     scratch: Path
     reporter: Reporter
     runner: Runner
+    prepare: Callable[[Options], Mapping[Path, Material]]
     order: list[str] = field(default_factory=list)
     materials: dict[Path, tuple[Path, Material]] = field(default_factory=dict)
+    looks: int = 1
+    rounds: int = 0
 
     def __post_init__(self) -> None:
         self.threads = self.options.threads or _cores()
         self.device = _device(self.options)
         self.environment = describe(self.device, self.threads)
+        self._seconds = dict.fromkeys(Stage, 0.0)
+        self._order_generator = random.Random(self.options.seed)
 
     def place(self, materials: Mapping[Path, Material]) -> None:
         """Put the material where the workers find it."""
@@ -137,28 +173,108 @@ class _Experiment:
             self.materials[path] = (file, material)
 
     def run(self, gates: Sequence[Gate]) -> None:
-        """All stages of all arms."""
-        runs = len(self.arms) * (2 + self.options.launches)
+        """All stages of all arms, and further looks while a gate is undecided."""
+        started = time.monotonic()
+        measured = [arm for arm in self.arms if arm.role != "again"]
+        runs = 2 * len(measured) + len(self.arms) * self.options.launches
         with self.reporter.progress("measuring", runs, "run") as advance:
-            for arm in self.arms:
+            for arm in measured:
                 self._files(arm)
-            self._write(PROGRESS_FILE, gates)
+            self._write(PROGRESS_FILE)
             for stage in (Stage.MEMORY, Stage.SCORING):
-                for arm in self.arms:
-                    self._once(arm, stage)
-                    self._write(PROGRESS_FILE, gates)
-                    advance(1)
-            generator = random.Random(self.options.seed)
-            for number in range(self.options.launches):
-                for arm in generator.sample(self.arms, len(self.arms)):
-                    self._launch(arm, number)
-                    self._write(PROGRESS_FILE, gates)
-                    advance(1)
+                self._pass(stage, advance)
+            self._launches(self.options.launches, advance)
+        while stages := self._undecided(gates):
+            if self.looks >= self.options.looks:
+                break
+            seconds = sum(self._cost(stage) for stage in stages)
+            if time.monotonic() - started + seconds > self.options.budget:
+                self.reporter.message(
+                    f"undecided after {self.looks} looks; one more takes about {seconds:.0f} s, "
+                    f"which the budget of {self.options.budget:g} s does not leave"
+                )
+                break
+            if not self._look(stages):
+                self.reporter.message("undecided, and there is no more text to score")
+                break
+
+    def _look(self, stages: set[Stage]) -> bool:
+        """Measure twice as much of what is undecided; whether there was more to measure."""
+        lengthened = Stage.SCORING in stages and self._lengthen()
+        rounds = self.rounds if Stage.TIMING in stages else 0
+        if not (lengthened or rounds):
+            return False
+        self.looks += 1
+        runs = len(self.arms) * rounds + (len(self.arms) if lengthened else 0)
+        title = f"look {self.looks} of at most {self.options.looks}, at undecided gates"
+        with self.reporter.progress(title, runs, "run") as advance:
+            if lengthened:
+                self._pass(Stage.SCORING, advance)
+            self._launches(rounds, advance)
+        return True
+
+    def _pass(self, stage: Stage, advance: Callable[[int], None]) -> None:
+        """One stage of every arm, in order."""
+        for arm in self.arms:
+            if arm.role != "again":
+                self._once(arm, stage)
+                self._write(PROGRESS_FILE)
+                advance(1)
+
+    def _launches(self, rounds: int, advance: Callable[[int], None]) -> None:
+        """Some rounds of timed launches, the arms of each in random order."""
+        for _ in range(rounds):
+            self.rounds += 1
+            for arm in self._order_generator.sample(self.arms, len(self.arms)):
+                self._launch(arm, self.rounds)
+                self._write(PROGRESS_FILE)
+                advance(1)
+
+    def _undecided(self, gates: Sequence[Gate]) -> set[Stage]:
+        """The stages at which more measuring could decide a gate."""
+        if self.options.budget == 0 or not gates:
+            return set()
+        results = [arm.result() for arm in self.arms]
+        open_metrics = {
+            judgement.metric
+            for judgement in judge(gates, results, self.options)
+            if judgement.verdict is Verdict.UNDECIDED
+        }
+        metrics = {find(name) for arm in self.arms for name in arm.metrics}
+        return {
+            metric.stage
+            for metric in metrics
+            if metric.stage in (Stage.TIMING, Stage.SCORING)
+            and any(quantity.name in open_metrics for quantity in metric.quantities)
+        }
+
+    def _cost(self, stage: Stage) -> float:
+        """Seconds of the next look at a stage: twice the text, or as many launches as there were."""
+        return self._seconds[stage] * (2 if stage is Stage.SCORING else 1)
+
+    def _lengthen(self) -> bool:
+        """Take twice the text; whether there was more of it."""
+        if self.options.stored_log_probabilities is not None:
+            return False
+        sizes = ("tokens", "documents", "suite_limit")
+        doubled = {name: 2 * value for name in sizes if (value := getattr(self.options, name)) is not None}
+        longer = self.options.model_copy(update=doubled)
+        materials = self.prepare(longer)
+        grown = any(
+            len(material.sequences) > len(self.materials[path][1].sequences)
+            for path, material in materials.items()
+        )
+        if not grown and self.options.suite_limit is None:
+            return False
+        self.options = longer
+        self.place(materials)
+        return True
 
     def finish(self, gates: Sequence[Gate]) -> Results:
         """Judge, and write the final files."""
-        results = self._write(RESULTS_FILE, gates, complete=True)
+        results = self._write(RESULTS_FILE, gates)
         write_atomically(self.out / REPORT_FILE, markdown(results))
+        write_atomically(self.out / JUNIT_FILE, junit(results))
         (self.out / PROGRESS_FILE).unlink(missing_ok=True)
         for judgement in results.judgements:
             arms = f"{judgement.after} against {judgement.before}"
@@ -177,7 +293,10 @@ class _Experiment:
                 arm.measurements.update(find(name).missing(error.message))
 
     def _once(self, arm: Arm, stage: Stage) -> None:
+        begun = time.monotonic()
         reply = self._request(arm, stage)
+        if stage is Stage.SCORING:
+            self._seconds[stage] = self._seconds[stage] + time.monotonic() - begun
         if reply is not None:
             arm.measurements.update(
                 {name: Measurement.model_validate(value) for name, value in reply["measurements"].items()}
@@ -193,12 +312,17 @@ class _Experiment:
                 )
 
     def _launch(self, arm: Arm, number: int) -> None:
-        if any(fault.stage.startswith(Stage.TIMING.value) for fault in arm.faults):
+        failed = arm if arm.role != "again" else arm.reference or arm
+        if any(fault.stage.startswith(Stage.TIMING.value) for fault in (*arm.faults, *failed.faults)):
             return
+        if failed.unavailable is not None:
+            return
+        begun = time.monotonic()
         self.order.append(arm.name)
-        reply = self._request(arm, Stage.TIMING, launch=number + 1)
+        reply = self._request(arm, Stage.TIMING, launch=number)
         if reply is not None:
             arm.add_launch(reply["measurements"])
+        self._seconds[Stage.TIMING] += time.monotonic() - begun
 
     def _same_tokens(self, arm: Arm) -> bool:
         if arm.reference is None:
@@ -233,6 +357,7 @@ class _Experiment:
             "material": str(self.materials[arm.artifact.path][0]),
             "reference": str(reference.artifact.path.resolve()) if reference else None,
             "reference_runtime": reference.runtime if reference else None,
+            "stored": (reference or arm) is self.arms[0] and stage is Stage.SCORING,
         }
         reply = self.runner(request, stage=named, time_limit=self.options.time_limit, threads=self.threads)
         if reply.fault is not None:
@@ -251,7 +376,9 @@ class _Experiment:
         arm.facts.update(reply.document["facts"] if stage is Stage.MEMORY else {})
         return reply.document
 
-    def _write(self, name: str, gates: Sequence[Gate], *, complete: bool = False) -> Results:
+    def _write(self, name: str, gates: Sequence[Gate] | None = None) -> Results:
+        """Write what was measured; with gates, judged and complete."""
+        complete = gates is not None
         arms = [arm.result() for arm in self.arms]
         results = Results(
             complete=complete,
@@ -261,12 +388,20 @@ class _Experiment:
             options=self.options.model_dump(mode="json"),
             environment=self.environment,
             order=tuple(self.order),
+            looks=self.looks,
             arms=tuple(arms),
             comparisons=tuple(compare_arms(arms, self.options)) if complete else (),
-            judgements=tuple(judge(gates, arms, self.options)) if complete else (),
+            flips=tuple(self._flips(arms)) if complete else (),
+            judgements=tuple(judge(gates or (), arms, self.options)),
         )
         results.write(self.out / name)
         return results
+
+    def _flips(self, arms: Sequence[ArmResult]) -> Iterator[Flips]:
+        suites = [read_suite(source, limit=self.options.suite_limit) for source in self.options.suites]
+        for arm in arms:
+            if arm.role == "after":
+                yield from flips_of(baseline(arm, arms), arm, suites)
 
 
 def _cores() -> int:

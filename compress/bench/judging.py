@@ -4,17 +4,17 @@ from collections.abc import Sequence
 
 from compress.bench.arms import baseline, chosen
 from compress.bench.options import Options
-from compress.bench.results import ArmResult, Comparison
-from compress.bench.statistics import Incomparable, effect
-from compress.core.gate import Gate, Judgement
+from compress.bench.results import ArmResult, Comparison, Contingency, Results
+from compress.bench.statistics import Incomparable, effect, mcnemar
+from compress.core.gate import Gate, Judgement, Verdict, check_metrics
 from compress.core.measurement import Effect, EffectKind, Measurement
 
 
 def compare_arms(arms: Sequence[ArmResult], options: Options) -> list[Comparison]:
-    """Every quantity of every AFTER against its reference."""
+    """Every quantity of every AFTER against its reference, and of every BEFORE against itself."""
     found = []
     for arm in arms:
-        if arm.role != "after":
+        if arm.role == "before":
             continue
         reference = baseline(arm, arms)
         for metric, measurement in arm.measurements.items():
@@ -27,6 +27,7 @@ def _comparison(
     metric: str, before: str, after: str, reference: Measurement | None, value: Measurement, options: Options
 ) -> Comparison:
     effects: dict[EffectKind, Effect] = {}
+    changed: Contingency | None = None
     reason = None
     kinds: tuple[EffectKind, ...] = ("ratio", "difference")
     for kind in kinds:
@@ -41,12 +42,15 @@ def _comparison(
             )
         except Incomparable as error:
             reason = str(error)
+    if effects and reference is not None:
+        changed = mcnemar(reference, value)
     return Comparison(
         metric=metric,
         before=before,
         after=after,
         ratio=effects.get("ratio"),
         difference=effects.get("difference"),
+        changed=changed,
         reason=None if effects else reason,
     )
 
@@ -54,7 +58,7 @@ def _comparison(
 def judge(gates: Sequence[Gate], arms: Sequence[ArmResult], options: Options) -> list[Judgement]:
     """Every gate on every pair of arms that it means."""
     return [
-        _judged(gate, reference, arm, options)
+        _judged(gate, reference, arm, arms, options)
         for gate in gates
         for arm in chosen(gate.arms.after, "after", arms)
         for reference in (
@@ -63,19 +67,62 @@ def judge(gates: Sequence[Gate], arms: Sequence[ArmResult], options: Options) ->
     ]
 
 
-def _judged(gate: Gate, before: ArmResult, after: ArmResult, options: Options) -> Judgement:
-    value = after.measurements.get(gate.metric)
+def judge_again(results: Results, gates: Sequence[Gate]) -> Results:
+    """The same measurements under other gates; nothing is measured.
+
+    Raises:
+        UsageError: a gate on a quantity that was not measured, or on an arm that there is not.
+    """
+    check_metrics(gates, {name for arm in results.arms for name in arm.measurements})
+    options = Options.of(results.options)
+    return results.model_copy(update={"judgements": tuple(judge(gates, results.arms, options))})
+
+
+def _judged(
+    gate: Gate, before: ArmResult, after: ArmResult, arms: Sequence[ArmResult], options: Options
+) -> Judgement:
+    value, reference = after.measurements.get(gate.metric), before.measurements.get(gate.metric)
     if value is None:
         return gate.invalid(f"{gate.metric} is not measured for this task", before.name, after.name)
+    if gate.wants != "value" and (reference is None or reference.value is None):
+        reason = "is not there" if reference is None else f"is n/a: {reference.reason}"
+        return gate.invalid(f"BEFORE {reason}", before.name, after.name, baseline=False)
     try:
-        found = effect(
-            value,
-            before.measurements.get(gate.metric),
-            gate.wants,
-            confidence=gate.confidence,
-            resamples=options.resamples,
-            seed=options.seed,
-        )
+        found = _effect(gate, value, reference, options)
     except Incomparable as error:
         return gate.invalid(str(error), before.name, after.name)
+    noise = _noise(gate, before, arms, options)
+    if noise is not None:
+        return gate.invalid(noise, before.name, after.name)
     return gate.judge(found, value.better, before=before.name, after=after.name)
+
+
+def _effect(gate: Gate, value: Measurement, reference: Measurement | None, options: Options) -> Effect:
+    """The interval that a gate judges, wide enough for all the looks that it may get.
+
+    Each look errs with the share of the gate's error that falls to it (Bonferroni), so whichever look
+    decides, the verdict errs at most as often as the gate says.
+    """
+    looks = options.looks if options.budget > 0 and value.summary != "exact" else 1
+    return effect(
+        value,
+        reference,
+        gate.wants,
+        confidence=1 - (1 - gate.confidence) / looks,
+        resamples=options.resamples,
+        seed=options.seed,
+    )
+
+
+def _noise(gate: Gate, before: ArmResult, arms: Sequence[ArmResult], options: Options) -> str | None:
+    """Why the machine was too unsteady for a gate: BEFORE would not pass it against itself."""
+    again = next((arm for arm in arms if arm.role == "again" and arm.runtime == before.runtime), None)
+    if again is None or before.role != "before" or gate.test != "non-inferiority":
+        return None
+    value, reference = again.measurements.get(gate.metric), before.measurements.get(gate.metric)
+    if value is None or value.value is None or reference is None:
+        return None
+    judgement = gate.judge(_effect(gate, value, reference, options), value.better)
+    if judgement.verdict is not Verdict.FAIL:
+        return None
+    return f"the noise is larger than the margin: BEFORE against itself: {judgement.explanation}"

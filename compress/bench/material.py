@@ -6,7 +6,7 @@ when their protocols are equal, and only then.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,17 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from compress.bench.options import Options
+from compress.bench.protocols import Sequences, sequences
 from compress.core.artifact import Artifact
 from compress.core.errors import CompressError, DataError, UsageError
 from compress.data.corpora import Documents
 from compress.models.load import tokenizer as load_tokenizer
 from compress.models.tasks import Task
 
-DEFAULT_WINDOW: Final = 2_048
 ENCODER_LENGTH: Final = 512
-_CHARACTERS_PER_TOKEN: Final = 8
-_SAFE_END: Final = 64
-"""Tokens before a cut that the cut may have changed."""
+_FINGERPRINT: Final = 16
+"""Hexadecimal digits of a protocol's fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,11 @@ class Material:
         sequences: int64 ``[length]`` each, to be scored; empty where nothing can be scored.
         labels: of the sequences, for classifiers with labelled data.
         prompts: int64 ``[batch, length]``, for timing.
-        protocol: under which anything scored on it holds.
+        protocol: under which anything scored on it holds; its ``fingerprint`` is a hash of all the rest.
         reason: why nothing can be scored.
+        starts: position of the first scored token of each sequence; empty where the task does not generate.
+        clusters: which sequences belong together, where they are not independent.
+        words, bytes: of the text that each sequence scores, where the protocol counts them.
     """
 
     sequences: tuple[torch.Tensor, ...]
@@ -46,6 +48,10 @@ class Material:
     prompts: torch.Tensor
     protocol: Mapping[str, Any]
     reason: str | None = None
+    starts: tuple[int, ...] = ()
+    clusters: tuple[int, ...] | None = None
+    words: tuple[float, ...] | None = None
+    bytes: tuple[float, ...] | None = None
 
     def save(self, file: Path) -> None:
         """Write it where a worker can read it."""
@@ -54,6 +60,12 @@ class Material:
         tensors = {"tokens": tokens, "lengths": lengths, "prompts": self.prompts.contiguous()}
         if self.labels is not None:
             tensors["labels"] = torch.tensor(self.labels, dtype=torch.int64)
+        for name, column in (("starts", self.starts), ("clusters", self.clusters)):
+            if column:
+                tensors[name] = torch.tensor(column, dtype=torch.int64)
+        for name, counts in (("words", self.words), ("bytes", self.bytes)):
+            if counts is not None:
+                tensors[name] = torch.tensor(counts, dtype=torch.float64)
         note = json.dumps({"protocol": dict(self.protocol), "reason": self.reason})
         save_file(tensors, file, metadata={"material": note})
 
@@ -64,9 +76,23 @@ class Material:
             note = json.loads(opened.metadata()["material"])
             names = set(opened.keys())
             tensors = {name: opened.get_tensor(name) for name in names}
-        sequences = tensors["tokens"].split(tensors["lengths"].tolist()) if len(tensors["lengths"]) else ()
-        labels = tuple(tensors["labels"].tolist()) if "labels" in tensors else None
-        return cls(tuple(sequences), labels, tensors["prompts"], note["protocol"], note["reason"])
+        lengths = tensors["lengths"].tolist()
+        split = tensors["tokens"].split(lengths) if lengths else ()
+        columns = {
+            name: tuple(tensors[name].tolist()) if name in tensors else None
+            for name in ("labels", "starts", "clusters", "words", "bytes")
+        }
+        return cls(
+            sequences=tuple(split),
+            labels=columns["labels"],
+            prompts=tensors["prompts"],
+            protocol=note["protocol"],
+            reason=note["reason"],
+            starts=columns["starts"] or (),
+            clusters=columns["clusters"],
+            words=columns["words"],
+            bytes=columns["bytes"],
+        )
 
     def batches(self, most: int) -> list[list[int]]:
         """Numbers of the sequences in batches of equal length, so that nothing is padded."""
@@ -98,18 +124,20 @@ def prepare(artifact: Artifact, task: Task, documents: Documents, options: Optio
         prompts = torch.randint(0, vocabulary, shape, generator=generator)
         return Material((), None, prompts, {"tokens": "random"}, error.message)
     labels = None
+    scored = Sequences()
     if task.generates:
-        sequences, protocol = _generation(artifact, tokenizer, documents, options)
+        scored = sequences(tokenizer, documents, options, _positions(artifact.config))
+        listed, protocol = scored.tokens, scored.protocol
     else:
         length = min(
             _positions(artifact.config) or ENCODER_LENGTH, ENCODER_LENGTH, tokenizer.model_max_length
         )
         texts = documents.texts[: options.documents]
-        encoded = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
-        sequences = [torch.tensor(tokens, dtype=torch.int64) for tokens in encoded]
+        listed = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
         labels = _labels(documents, len(texts), artifact.config)
         protocol = {"kind": "documents", "longest": length}
-    tokens = torch.cat(sequences)
+    tensors = tuple(torch.tensor(each, dtype=torch.int64) for each in listed)
+    tokens = torch.cat(tensors)
     if int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
         raise DataError(
             f"the tokenizer of {artifact.path.name} gives token {int(tokens.max())}, "
@@ -121,78 +149,20 @@ def prepare(artifact: Artifact, task: Task, documents: Documents, options: Optio
         "text": documents.digest,
         "tokenizer": _identity(tokenizer),
         "tokens": hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest(),
-        "sequences": len(sequences),
-        "count": sum(len(sequence) for sequence in sequences),
+        "sequences": len(tensors),
+        "count": len(tokens),
     }
-    prompts = _prompts(tokens, options.batch_size, _prompt_length(artifact, task, options))
-    return Material(tuple(sequences), labels, prompts, protocol)
-
-
-def _generation(
-    artifact: Artifact, tokenizer: Any, documents: Documents, options: Options
-) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    positions = _positions(artifact.config)
-    window = options.window or min(DEFAULT_WINDOW, positions or DEFAULT_WINDOW)
-    if positions is not None and window > positions:
-        raise UsageError(f"a window of {window} tokens, and the model has {positions} positions", "give less")
-    if window < 2:
-        raise UsageError(f"a window of {window} tokens predicts nothing", "give at least 2")
-    by_document = options.protocol == "documents"
-    bos = options.bos if options.bos is not None else by_document and tokenizer.bos_token_id is not None
-    if bos and tokenizer.bos_token_id is None:
-        raise UsageError("the tokenizer has no beginning-of-text token", "set bos: false")
-    before = [tokenizer.bos_token_id] if bos else []
-    protocol: dict[str, Any] = {
-        "kind": options.protocol,
-        "window": window,
-        "stride": window,
-        "bos": bool(bos),
-    }
-    if by_document:
-        sequences = _by_document(tokenizer, documents.texts, before, window, options.tokens)
-    else:
-        protocol["join"] = options.join
-        sequences = _windows(tokenizer, documents.texts, before, window, options)
-    if not sequences:
-        raise DataError(
-            f"{documents.description} is too short to score: no sequence has two tokens", "give a longer text"
-        )
-    return [torch.tensor(sequence, dtype=torch.int64) for sequence in sequences], protocol
-
-
-def _by_document(
-    tokenizer: Any, texts: Sequence[str], before: list[int], window: int, most: int
-) -> list[list[int]]:
-    """Each document by itself, cut at the window, up to a number of tokens in all."""
-    sequences: list[list[int]] = []
-    taken = 0
-    for text in texts:
-        if taken >= most:
-            break
-        tokens = [*before, *tokenizer.encode(text, add_special_tokens=False, verbose=False)][:window]
-        if len(tokens) > 1:
-            sequences.append(tokens)
-            taken += len(tokens)
-    return sequences
-
-
-def _windows(
-    tokenizer: Any, texts: Sequence[str], before: list[int], window: int, options: Options
-) -> list[list[int]]:
-    """Disjoint windows of the joined text. A rest that fills no window is left out, unless it is all."""
-    joined = options.join.join(texts)
-    characters = options.tokens * _CHARACTERS_PER_TOKEN
-    while True:
-        whole = characters >= len(joined)
-        tokens = tokenizer.encode(joined[:characters], add_special_tokens=False, verbose=False)
-        if whole or len(tokens) >= options.tokens + _SAFE_END:
-            break
-        characters *= 2
-    tokens = tokens[: options.tokens]
-    body = window - len(before)
-    full = [[*before, *tokens[at : at + body]] for at in range(0, len(tokens) - body + 1, body)]
-    rest = [*before, *tokens]
-    return full or ([rest] if len(rest) > 1 else [])
+    protocol["fingerprint"] = _fingerprint(protocol)
+    return Material(
+        sequences=tensors,
+        labels=labels,
+        prompts=_prompts(tokens, options.batch_size, _prompt_length(artifact, task, options)),
+        protocol=protocol,
+        starts=tuple(scored.starts),
+        clusters=tuple(scored.documents) or None,
+        words=tuple(scored.words) or None,
+        bytes=tuple(scored.bytes) or None,
+    )
 
 
 def _prompts(tokens: torch.Tensor, batch: int, length: int) -> torch.Tensor:
@@ -233,6 +203,11 @@ def _labels(documents: Documents, count: int, config: Mapping[str, Any]) -> tupl
                 f"the model knows: {', '.join(words) or 'no labels by name'}",
             ) from error
     return tuple(labels)
+
+
+def _fingerprint(protocol: Mapping[str, Any]) -> str:
+    """A short hash of a protocol: two figures may be compared when theirs are the same."""
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:_FINGERPRINT]
 
 
 def _identity(tokenizer: Any) -> str:

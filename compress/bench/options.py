@@ -3,7 +3,16 @@
 from collections.abc import Mapping
 from typing import Any, Literal, final
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from compress.core.passes import invalid
 
@@ -17,26 +26,55 @@ class Options(BaseModel):
     launches: PositiveInt = Field(
         default=3, description="timed processes of each arm; an interval on speed needs at least 2"
     )
+    looks: PositiveInt = Field(
+        default=4,
+        description="how often the gates may be looked at: while one is undecided, each look but the first "
+        "measures twice as much; bounds are widened so that all looks together err as rarely as one",
+    )
+    budget: NonNegativeFloat = Field(
+        default=600.0, description="seconds after which no further look is begun; 0 looks once"
+    )
+    noise_floor: bool = Field(
+        default=True,
+        description="launch BEFORE a second time in each round: what it differs from itself is the noise",
+    )
     repeats: PositiveInt = Field(default=3, description="timed iterations in each launch, after a warm-up")
     batch_size: PositiveInt = Field(default=1, description="sequences at once while timing")
     prompt_length: PositiveInt = Field(default=128, description="tokens of each timed prompt")
     new_tokens: PositiveInt = Field(default=32, description="tokens that are decoded, never fewer")
-    protocol: Literal["windows", "documents"] = Field(
+    protocol: Literal["windows", "documents", "llama.cpp", "lm-eval"] = Field(
         default="windows",
-        description="perplexity over disjoint windows of the joined text, or over each document by itself",
+        description="perplexity over disjoint windows of the joined text, over each document by itself, over "
+        "the second half of each window as llama.cpp, or over whole documents as lm-evaluation-harness",
     )
     tokens: PositiveInt = Field(default=20_480, description="tokens of text that are scored")
     window: PositiveInt | None = Field(
-        default=None, description="tokens of a scored window; none takes 2,048 or the model's positions"
+        default=None,
+        description="tokens of a scored window; none takes 2,048 (llama.cpp: 512) or the model's positions",
     )
-    join: str = Field(default="\n\n", description="text between documents, for the windows protocol")
+    join: str = Field(default="\n\n", description="text between documents, for windows and llama.cpp")
     bos: bool | None = Field(
         default=None,
         description="whether each sequence starts with the beginning-of-text token; none says yes for "
-        "documents and no for windows",
+        "documents, no for windows, and for the others what the tokenizer does by itself",
+    )
+    stored_log_probabilities: str | None = Field(
+        default=None,
+        description="file with BEFORE's most likely tokens at each position, written while BEFORE is scored "
+        "if it is not there, and read instead of running BEFORE beside each AFTER; the divergence is then a "
+        "lower bound",
     )
     documents: PositiveInt = Field(
         default=256, description="documents that classifiers and encoders are compared on"
+    )
+    suites: tuple[str, ...] = Field(
+        default=(), description="JSON lines files of examples with known answers, each scored by itself"
+    )
+    suite_limit: PositiveInt | None = Field(
+        default=None, description="examples of each suite; none takes all of them"
+    )
+    generated_tokens: PositiveInt = Field(
+        default=64, description="tokens of an answer at most, where a suite has answers written"
     )
     scoring_batch_size: PositiveInt = Field(default=8, description="sequences at once while scoring")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

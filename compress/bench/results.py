@@ -14,13 +14,17 @@ from typing import Any, Final, Literal, final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress.core.errors import DataError, EnvironmentFault
-from compress.core.gate import Judgement, Verdict, worst
+from compress.core.gate import NO_BASELINE, Judgement, Verdict, worst
 from compress.core.measurement import Effect, Measurement
 
 SCHEMA_VERSION: Final = 1
 RESULTS_FILE: Final = "results.json"
 PROGRESS_FILE: Final = "results.partial.json"
 REPORT_FILE: Final = "report.md"
+JUNIT_FILE: Final = "junit.xml"
+
+FlipKind = Literal["right-to-wrong", "wrong-to-right", "wrong-to-other-wrong"]
+"""How an answer changed."""
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
@@ -46,7 +50,9 @@ class ArmResult(BaseModel):
 
     name: str = Field(description="model@runtime, as gates name it")
     model: str = Field(description="before, after, or the folder's name where there are several")
-    role: Literal["before", "after"] = Field(description="reference or candidate")
+    role: Literal["before", "after", "again"] = Field(
+        description="reference, candidate, or the reference launched a second time to see the noise"
+    )
     runtime: str = Field(description="how it was run")
     path: str = Field(description="the folder, as it was given")
     digest: str = Field(description="what the folder held")
@@ -55,6 +61,17 @@ class ArmResult(BaseModel):
         default_factory=dict, description="what the runtime said: kernels, layers kept dense, bytes"
     )
     faults: tuple[Fault, ...] = Field(default=(), description="processes that did not end well")
+
+
+@final
+class Contingency(BaseModel):
+    """Paired answers that changed, with the exact test of McNemar (1947)."""
+
+    model_config = _STRICT
+
+    right_to_wrong: int = Field(description="answers that were right and are wrong now")
+    wrong_to_right: int = Field(description="answers that were wrong and are right now")
+    p_value: float = Field(description="of both changes being as likely, two-sided")
 
 
 @final
@@ -68,7 +85,40 @@ class Comparison(BaseModel):
     after: str = Field(description="name of the compared arm")
     ratio: Effect | None = Field(default=None, description="AFTER over BEFORE")
     difference: Effect | None = Field(default=None, description="AFTER minus BEFORE")
+    changed: Contingency | None = Field(
+        default=None, description="answers that were right and are wrong, and the other way; McNemar's test"
+    )
     reason: str | None = Field(default=None, description="why there is no comparison")
+
+
+@final
+class Flip(BaseModel):
+    """One example whose answer changed."""
+
+    model_config = _STRICT
+
+    example: int = Field(description="its number in the suite, from 0")
+    kind: FlipKind = Field(description="how the answer changed")
+    before: str = Field(description="what BEFORE answered")
+    after: str = Field(description="what AFTER answered")
+    question: str = Field(default="", description="what was asked, shortened")
+    gold: str = Field(default="", description="what is right")
+
+
+@final
+class Flips(BaseModel):
+    """All changed answers of a pair of arms in one quantity."""
+
+    model_config = _STRICT
+
+    metric: str = Field(description="the quantity")
+    before: str = Field(description="name of the reference arm")
+    after: str = Field(description="name of the compared arm")
+    examples: int = Field(description="how many both arms answered")
+    right_to_wrong: int = Field(description="answers that were right and are wrong now")
+    wrong_to_right: int = Field(description="answers that were wrong and are right now")
+    wrong_to_other_wrong: int = Field(description="wrong answers that became other wrong answers")
+    shown: tuple[Flip, ...] = Field(default=(), description="the first of each kind")
 
 
 @final
@@ -85,8 +135,10 @@ class Results(BaseModel):
     options: dict[str, Any] = Field(description="settings of the experiment")
     environment: dict[str, Any] = Field(description="hardware and versions")
     order: tuple[str, ...] = Field(default=(), description="arms in the order in which they were launched")
+    looks: int = Field(default=1, description="how often the gates were looked at")
     arms: tuple[ArmResult, ...] = Field(default=(), description="measured arms")
     comparisons: tuple[Comparison, ...] = Field(default=(), description="AFTER against BEFORE")
+    flips: tuple[Flips, ...] = Field(default=(), description="answers that changed, with examples")
     judgements: tuple[Judgement, ...] = Field(default=(), description="verdicts of the gates")
 
     @property
@@ -96,8 +148,12 @@ class Results(BaseModel):
 
     @property
     def exit_code(self) -> int:
-        """0, 10, 11 or 12, by the worst verdict."""
-        return self.verdict.exit_code
+        """0, 10, 11 or 12, by the worst verdict; 13 where all that is INVALID lacks its BEFORE."""
+        verdict = self.verdict
+        invalid = [each for each in self.judgements if each.verdict is Verdict.INVALID]
+        if verdict is Verdict.INVALID and not any(each.baseline for each in invalid):
+            return NO_BASELINE
+        return verdict.exit_code
 
     def arm(self, name: str) -> ArmResult:
         """The arm with a name.

@@ -5,22 +5,33 @@ resampled, never samples, and both arms of a pair are resampled together. With 2
 interval is the percentile bootstrap (Efron and Tibshirani 1993, "An Introduction to the Bootstrap",
 chapter 13, by `scipy.stats.bootstrap`); with fewer, a percentile of a few values covers too little, and
 Student's t on the jackknife's standard error is used (chapter 11; t with n - 1 degrees of freedom).
-Ratios are found on the logarithmic scale.
+Timings are resampled in two stages, launches and the iterations of each (Davison and Hinkley 1997,
+"Bootstrap Methods and their Application", section 3.8). Ratios are found on the logarithmic scale.
+
+Answers that are right or wrong have exact intervals where few of them changed: a bootstrap of a sample
+without a single change claims certainty.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from compress.bench.results import Contingency
 from compress.core.measurement import Effect, EffectKind, Measurement, Summary
 
 BOOTSTRAP_CLUSTERS: Final = 20
 """From this many clusters on, the bootstrap is used."""
+FEW_CHANGES: Final = 10
+"""Below this many changed answers, their share has an exact interval and no bootstrap."""
+POWER: Final = 0.8
+"""How often an experiment shall find the smallest detectable change."""
 
 Array = NDArray[np.float64]
 
@@ -69,9 +80,74 @@ def effect(
         return Effect(kind=kind, point=point, low=point, high=point, confidence=confidence, method="exact")
     if any(not arm.samples for arm in arms):
         raise Incomparable("one of the two has no samples")
-    sums = [_cluster_sums(arm) for arm in arms]
-    low, high, method = _bounds(sums, after.summary, kind, confidence, resamples, seed)
-    return Effect(kind=kind, point=point, low=low, high=high, confidence=confidence, method=method)
+    found = (
+        _exact_change(arms, kind, confidence)
+        if kind != "value" and _few_changes(arms)
+        else _bounds(arms, kind, confidence, resamples, seed)
+    )
+    return Effect(kind=kind, point=point, confidence=confidence, **asdict(found))
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """What `Effect` says of its bounds, in the unit of the effect."""
+
+    low: float | None
+    high: float | None
+    method: str
+    detectable: float | None = None
+
+
+def mcnemar(before: Measurement, after: Measurement) -> Contingency | None:
+    """The exact test of McNemar (1947) on answers that are right (1) or wrong (0).
+
+    ``None`` where the samples are no such answers.
+
+    Raises:
+        Incomparable: the two were not measured on the same examples.
+    """
+    if not (_binary(before) and _binary(after)):
+        return None
+    _check_pair(before, after)
+    lost, won = _changes(before, after)
+    p_value = float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+    return Contingency(right_to_wrong=lost, wrong_to_right=won, p_value=p_value)
+
+
+def _binary(arm: Measurement) -> bool:
+    plain = arm.summary == "mean" and arm.weights is None and arm.clusters is None
+    return plain and bool(arm.samples) and {0.0, 1.0}.issuperset(arm.samples)
+
+
+def _changes(before: Measurement, after: Measurement) -> tuple[int, int]:
+    pairs = list(zip(before.samples, after.samples, strict=True))
+    return sum(old > new for old, new in pairs), sum(old < new for old, new in pairs)
+
+
+def _few_changes(arms: Sequence[Measurement]) -> bool:
+    return all(_binary(arm) for arm in arms) and sum(_changes(arms[0], arms[1])) < FEW_CHANGES
+
+
+def _exact_change(arms: Sequence[Measurement], kind: EffectKind, confidence: float) -> _Bounds:
+    """Bounds on a change of accuracy from those on both kinds of changed answers.
+
+    Each share has its interval of Clopper and Pearson (1934), at half the error each, so that their
+    difference errs at most as often as asked (Bonferroni).
+    """
+    count = len(arms[0].samples)
+    lost, won = (
+        stats.binomtest(changed, count).proportion_ci(confidence, method="exact")
+        for changed in _changes(arms[0], arms[1])
+    )
+    # A smaller loss could have left this sample without a single change.
+    least = 1 - ((1 - confidence) / 2) ** (1 / count)
+    start, unit = (1.0, arms[0].value or 1.0) if kind == "ratio" else (0.0, 1.0)
+    return _Bounds(
+        start + (won.low - lost.high) / unit,
+        start + (won.high - lost.low) / unit,
+        f"exact, over {count} examples",
+        least / unit,
+    )
 
 
 def _check_pair(before: Measurement, after: Measurement) -> None:
@@ -82,11 +158,19 @@ def _check_pair(before: Measurement, after: Measurement) -> None:
     for name in sorted({*before.conditions, *after.conditions}):
         ours, theirs = before.conditions.get(name), after.conditions.get(name)
         if ours != theirs:
-            raise Incomparable(f"measured under another {name}: {_short(ours)} and {_short(theirs)}")
+            raise Incomparable(f"measured under another {name}: {_differing(ours, theirs)}")
     if (before.weights, before.clusters) != (after.weights, after.clusters):
         raise Incomparable("the samples do not pair: other launches, windows or token counts")
     if len(before.samples) != len(after.samples):
         raise Incomparable(f"{len(before.samples)} and {len(after.samples)} samples do not pair")
+
+
+def _differing(ours: Any, theirs: Any) -> str:
+    """What is not the same; of two mappings the differing entries alone."""
+    if not (isinstance(ours, Mapping) and isinstance(theirs, Mapping)):
+        return f"{_short(ours)} and {_short(theirs)}"
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    return "; ".join(f"{name} {_short(ours.get(name))} and {_short(theirs.get(name))}" for name in names)
 
 
 def _short(value: Any) -> str:
@@ -140,41 +224,98 @@ def _statistic(summary: Summary, kind: EffectKind) -> Callable[..., Array]:
 
 
 def _bounds(
-    sums: Sequence[_Sums], summary: Summary, kind: EffectKind, confidence: float, resamples: int, seed: int
-) -> tuple[float | None, float | None, str]:
+    arms: Sequence[Measurement], kind: EffectKind, confidence: float, resamples: int, seed: int
+) -> _Bounds:
+    summary = arms[-1].summary
+    sums = [_cluster_sums(arm) for arm in arms]
     columns = [column for arm in sums for column in (arm.weight, arm.total)]
     clusters = len(columns[0])
-    back = math.exp if kind == "ratio" else float
     if clusters < 2:
-        return None, None, "a single independent unit gives no interval"
+        return _Bounds(None, None, "a single independent unit gives no interval")
     statistic = _statistic(summary, kind)
     point = float(statistic(*columns))
     if not math.isfinite(point):
         raise Incomparable("a ratio of these samples is not finite")
     if clusters < BOOTSTRAP_CLUSTERS:
-        low, high = _student(columns, statistic, point, confidence)
-        return back(low), back(high), f"Student t, jackknife over {clusters} clusters"
-    found = stats.bootstrap(
-        columns,
-        statistic,
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=256,
-        confidence_level=2 * confidence - 1,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return back(found.low), back(found.high), f"bootstrap over {clusters} clusters"
+        method = f"Student t, jackknife over {clusters} clusters"
+        error = _jackknife_error(columns, statistic)
+        reach = float(stats.t.ppf(confidence, clusters - 1)) * error
+        low, high = point - reach, point + reach
+    elif summary == "geometric-mean" and all(_iterates(arm) for arm in arms):
+        drawn = _two_stages(arms, statistic, resamples, seed)
+        method = f"bootstrap over {clusters} launches and their iterations"
+        error = float(np.std(drawn, ddof=1))
+        low, high = (float(bound) for bound in np.quantile(drawn, [1 - confidence, confidence]))
+    else:
+        found = _bootstrapped(columns, statistic, 2 * confidence - 1, resamples, seed)
+        method = f"bootstrap over {clusters} clusters"
+        error = float(found.standard_error)
+        low, high = float(found.confidence_interval.low), float(found.confidence_interval.high)
+    if not all(math.isfinite(number) for number in (low, high, error)):
+        raise Incomparable("the samples are too few for this: a resample of them gives no finite number")
+    least = error * float(stats.t.ppf(confidence, clusters - 1) + stats.t.ppf(POWER, clusters - 1))
+    if kind == "ratio":
+        return _Bounds(math.exp(low), math.exp(high), method, math.expm1(least))
+    return _Bounds(low, high, method, least)
 
 
-def _student(
-    columns: Sequence[Array], statistic: Callable[..., Array], point: float, confidence: float
-) -> tuple[float, float]:
+def _bootstrapped(
+    columns: Sequence[Array], statistic: Callable[..., Array], level: float, resamples: int, seed: int
+) -> Any:
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+        # Samples without any spread are no accident here: a model beside its own copy.
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        return stats.bootstrap(
+            columns,
+            statistic,
+            paired=True,
+            vectorized=True,
+            n_resamples=resamples,
+            batch=256,
+            confidence_level=level,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+
+
+def _jackknife_error(columns: Sequence[Array], statistic: Callable[..., Array]) -> float:
+    """Standard error of a statistic, leaving out one cluster after the other."""
     count = len(columns[0])
     without = [statistic(*(np.delete(column, left) for column in columns)) for left in range(count)]
     leave_one_out = np.asarray(without, dtype=np.float64)
     spread = np.sum((leave_one_out - leave_one_out.mean()) ** 2)
-    error = math.sqrt((count - 1) / count * float(spread))
-    reach = float(stats.t.ppf(confidence, count - 1)) * error
-    return point - reach, point + reach
+    return math.sqrt((count - 1) / count * float(spread))
+
+
+def _iterates(arm: Measurement) -> bool:
+    """Whether every launch has the same number of iterations, two at least."""
+    if arm.clusters is None or arm.weights is not None:
+        return False
+    counts = set(Counter(arm.clusters).values())
+    return len(counts) == 1 and counts.pop() > 1
+
+
+def _two_stages(
+    arms: Sequence[Measurement], statistic: Callable[..., Array], resamples: int, seed: int
+) -> Array:
+    """The statistic of resampled launches with resampled iterations, ``[resamples]``.
+
+    Launches are drawn for all arms together, since a round of launches shares what the machine did at
+    the time; iterations are drawn for each arm by itself.
+    """
+    generator = np.random.default_rng(seed)
+    columns: list[Array] = []
+    chosen: NDArray[np.int64] | None = None
+    for arm in arms:
+        # Samples lie in order of launches; `_iterates` made sure that they are a rectangle.
+        order = np.argsort(np.asarray(arm.clusters), kind="stable")
+        logs = np.log(np.asarray(arm.samples, dtype=np.float64)[order]).reshape(
+            len(set(arm.clusters or ())), -1
+        )
+        launches, iterations = logs.shape
+        if chosen is None:
+            chosen = generator.integers(launches, size=(resamples, launches))
+        within = generator.integers(iterations, size=(resamples, launches, iterations))
+        drawn = logs[chosen[..., None], within].sum(-1)
+        columns += [np.full_like(drawn, float(iterations)), drawn]
+    return np.asarray(statistic(*columns, axis=-1), dtype=np.float64)

@@ -43,8 +43,9 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         request: ``artifact``, ``runtime``, ``task``, ``stage``, ``metrics``, ``device``, ``threads``,
-            ``options``, ``material`` (path), and for a comparison ``reference`` (path) and
-            ``reference_runtime``.
+            ``options``, ``material`` (path), for a comparison ``reference`` (path) and
+            ``reference_runtime``, and ``stored``: whether the options' file of log-probabilities is of the
+            reference, or without one of the artifact itself.
 
     Returns:
         ``measurements`` and ``facts``; or ``unavailable``, a reason; or ``error`` with kind and message.
@@ -73,6 +74,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _measured(request: Mapping[str, Any]) -> dict[str, Any]:
+    from compress.bench import log_probabilities
     from compress.bench.material import Material
     from compress.bench.metrics import Stage, Subject, find
     from compress.bench.metrics.memory import host_memory
@@ -99,16 +101,24 @@ def _measured(request: Mapping[str, Any]) -> dict[str, Any]:
     session = runtime.load(artifact, task, placement)
     session.synchronize()
     seconds = time.perf_counter() - start
-    reference = None
+    reference, stored, recorder = None, None, None
     if request.get("reference") is not None:
         before = Artifact.open(Path(request["reference"]))
-        reference = find_runtime(request["reference_runtime"]).load(before, task, placement)
+        named = request["reference_runtime"]
+        if request.get("stored"):
+            stored = log_probabilities.stored(before, named, material, options)
+        if stored is None:
+            reference = find_runtime(named).load(before, task, placement)
+    elif request.get("stored"):
+        recorder = log_probabilities.recorder(artifact, request["runtime"], material, options)
     subject = Subject(
         artifact=artifact,
         task=task,
         options=options,
         session=session,
         reference=reference,
+        stored=stored,
+        recorder=recorder,
         material=material,
         load_seconds=seconds,
         baseline=baseline,
@@ -117,6 +127,8 @@ def _measured(request: Mapping[str, Any]) -> dict[str, Any]:
     for name in request["metrics"]:
         for quantity, measurement in find(name).measure(subject).items():
             measurements[quantity] = measurement.model_dump(mode="json")
+    if recorder is not None:
+        recorder.save()
     return {"measurements": measurements, "facts": dict(session.facts)}
 
 

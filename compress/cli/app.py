@@ -40,6 +40,15 @@ class Root(TyperGroup):
         first, *others = (name for name in self.commands if name not in FAMILIES)
         return [first, *(family for family in FAMILIES if _methods(ctx, family)), *others]
 
+    def resolve_command(
+        self, ctx: "Context", args: list[str]
+    ) -> "tuple[str | None, Command | None, list[str]]":
+        """The command of the first word, or of the first two where they name one (``bench verdict``)."""
+        both = " ".join(args[:2])
+        if len(args) > 1 and both in self.commands:
+            return both, self.commands[both], args[2:]
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: "Context", cmd_name: str) -> "Command | None":
         """The command of a name."""
         known = self.list_commands(ctx)

@@ -15,6 +15,7 @@ from compress.cli import from_pass
 from compress.cli.flags import FlagCommand, model_flags, part, with_flags
 from compress.cli.start import DATA_FIELDS, RUN_FIELDS, RUN_FLAGS, Debug, Output, RunChoice, start
 from compress.cli.tables import measured_document, measured_text, nested_text, table, verification_text
+from compress.core.errors import UsageError
 from compress.core.gate import Gate
 from compress.core.passes import names
 from compress.core.recipe import Bench, Recipe, schema
@@ -24,7 +25,19 @@ RUNS = Path("runs")
 
 Artifact = Annotated[Path, typer.Argument(help="a model folder")]
 
+GatesFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--gates", metavar="FILE", help="gates in YAML: a list, or a recipe's", rich_help_panel="Experiment"
+    ),
+]
+
 fixed = typer.Typer()
+
+
+def gates_of(file: Path | None) -> tuple[Gate, ...]:
+    """The gates of a file, where one was given."""
+    return () if file is None else Gate.load(file)
 
 
 @fixed.command(
@@ -89,11 +102,13 @@ def bench(
     output: Output,
     out: Annotated[Path, typer.Option(metavar="DIR", help="folder of the report", rich_help_panel="Run")],
     text: Annotated[str, typer.Option(metavar="TEXT", help="text to measure on", rich_help_panel="Run")],
+    gates_file: GatesFile = None,
     **given: Any,
 ) -> int:
     """Measure BEFORE and every AFTER in one experiment: size, speed, memory and accuracy.
 
-    Exit code 10 says that a gate failed, 11 that one is undecided, 12 that one could not be judged.
+    Exit code 10 says that a gate failed, 11 that one is undecided, 12 that one could not be judged, 13
+    that BEFORE has nothing to judge by.
     """
     from compress.bench.experiment import compare
     from compress.models.source import resolve
@@ -105,13 +120,43 @@ def bench(
         text,
         task=given.get("task", "auto"),
         runtimes=given.get("runtimes", Bench().runtimes),
-        gates=tuple(Gate.of(gate) for gate in given.get("gates", ())),
+        gates=(*gates_of(gates_file), *(Gate.of(gate) for gate in given.get("gates", ()))),
         reporter=output.reporter(),
         options=Options.of(part(given, Options.model_fields)),
     )
     document = {"event": "result", "folder": str(out), **measured_document(results)}
     output.say(measured_text(results), {**document, "exit_code": results.exit_code})
     return results.exit_code
+
+
+@fixed.command(
+    "bench verdict",
+    cls=FlagCommand,
+    options_metavar="[FLAGS]",
+    short_help="judge a stored bench again, by other gates",
+    epilog="Example:\n  compress bench verdict REPORT/results.json --gates gates.yaml",
+)
+@with_flags(*model_flags(Recipe, "Experiment", ["gates"]))
+def bench_verdict(
+    results: Annotated[Path, typer.Argument(help="a results.json of `compress bench`")],
+    output: Output,
+    gates_file: GatesFile = None,
+    **given: Any,
+) -> int:
+    """Judge the samples of a stored bench by other gates; nothing is measured, and no file changes.
+
+    The exit codes are those of `compress bench`.
+    """
+    from compress.bench.judging import judge_again
+    from compress.bench.results import Results
+
+    gates = (*gates_of(gates_file), *(Gate.of(gate) for gate in given.get("gates", ())))
+    if not gates:
+        raise UsageError("no gate is given", "name a file with --gates, or one gate with --gate")
+    judged = judge_again(Results.read(results), gates)
+    document = {"event": "result", **measured_document(judged)}
+    output.say(measured_text(judged), {**document, "exit_code": judged.exit_code})
+    return judged.exit_code
 
 
 @fixed.command(

@@ -8,7 +8,9 @@ one of them is missing. The interval itself is computed where the statistics liv
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal, final
 
 from pydantic import (
@@ -26,7 +28,7 @@ from compress.core.errors import UsageError, did_you_mean
 from compress.core.measurement import Direction, Effect, EffectKind
 from compress.core.passes import invalid
 
-GateTest = Literal["bound", "non-inferiority", "superiority"]
+GateTest = Literal["bound", "non-inferiority", "superiority", "range"]
 
 
 class Verdict(StrEnum):
@@ -49,6 +51,8 @@ _EXIT_CODES: Final[Mapping[Verdict, int]] = {
     Verdict.UNDECIDED: 11,
     Verdict.INVALID: 12,
 }
+NO_BASELINE: Final = 13
+"""Exit code where nothing could be judged because BEFORE has no measurement."""
 _WORST_FIRST: Final = (Verdict.FAIL, Verdict.INVALID, Verdict.UNDECIDED, Verdict.PASS)
 
 
@@ -123,6 +127,7 @@ class Judgement(BaseModel):
     verdict: Verdict = Field(description="PASS, FAIL, UNDECIDED or INVALID")
     explanation: str = Field(description="why, with the numbers")
     effect: Effect | None = Field(default=None, description="the interval that was judged")
+    baseline: bool = Field(default=True, description="whether BEFORE has what AFTER is compared with")
 
 
 @final
@@ -134,13 +139,13 @@ class Gate(BaseModel):
     metric: str = Field(min_length=1, description="name of the judged quantity, such as perplexity")
     test: GateTest = Field(
         description="bound: AFTER within a limit; non-inferiority: not worse than BEFORE by more than the "
-        "margin; superiority: better than BEFORE by more than the margin"
+        "margin; superiority: better than BEFORE by more than the margin; range: AFTER within two limits"
     )
     margin: Quantity | None = Field(default=None, description="tolerated (or demanded) change: 10% or 0.1")
     at_most: Quantity | None = Field(
-        default=None, description="upper limit of a bound: 50% of BEFORE, or 3.2"
+        default=None, description="upper limit of a bound or a range: 50% of BEFORE, or 3.2"
     )
-    at_least: Quantity | None = Field(default=None, description="lower limit of a bound")
+    at_least: Quantity | None = Field(default=None, description="lower limit of a bound or a range")
     arms: Arms = Field(default=Arms(), description="the pair that is compared")
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0, description="of each one-sided bound")
 
@@ -149,13 +154,23 @@ class Gate(BaseModel):
         limits = (self.at_most is not None) + (self.at_least is not None)
         if self.test == "bound" and (limits != 1 or self.margin is not None):
             raise ValueError("a bound takes exactly one of at_most and at_least, and no margin")
-        if self.test != "bound" and limits:
+        if self.test == "range":
+            self._check_range()
+        elif self.test != "bound" and limits:
             raise ValueError(f"{self.test} takes a margin, not at_most or at_least")
         if self.test == "non-inferiority" and self.margin is None:
             raise ValueError("non-inferiority needs a margin: how much worse is acceptable")
         if self.margin is not None and self.margin.number < 0:
             raise ValueError("a margin is not negative")
         return self
+
+    def _check_range(self) -> None:
+        if self.at_most is None or self.at_least is None or self.margin is not None:
+            raise ValueError("a range takes both at_least and at_most, and no margin")
+        if self.at_most.relative != self.at_least.relative:
+            raise ValueError("the ends of a range are both shares of BEFORE or both plain numbers")
+        if self.at_least.number > self.at_most.number:
+            raise ValueError(f"the range from {self.at_least} to {self.at_most} is empty")
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> "Gate":
@@ -169,11 +184,35 @@ class Gate(BaseModel):
         except ValidationError as error:
             raise invalid(error, f"gate on {document.get('metric', 'nothing')}", cls.model_fields) from error
 
+    @classmethod
+    def load(cls, file: Path) -> "tuple[Gate, ...]":
+        """The gates in a YAML file: a list of them, or a mapping with ``gates`` such as a recipe.
+
+        Raises:
+            UsageError: no such file, broken YAML, or an entry that is no gate.
+        """
+        from compress.core import yaml_text
+
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{file} cannot be read as a text: {error}", "give a YAML file") from error
+        _, document = yaml_text.parse(text, str(file))
+        entries = document.get("gates") if isinstance(document, dict) else document
+        if not isinstance(entries, list) or not entries:
+            raise UsageError(
+                f"{file} holds no gates", "write a list: - {metric: perplexity, test: bound, at_most: 20}"
+            )
+        for number, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise UsageError(f"{file}: gate {number} is no mapping, got {entry!r}")
+        return tuple(cls.of(entry) for entry in entries)
+
     @property
     def wants(self) -> EffectKind:
         """Which effect the gate judges."""
         limit = self._limit
-        if self.test == "bound":
+        if self.test in ("bound", "range"):
             return "ratio" if limit.relative else "value"
         return "ratio" if limit.relative else "difference"
 
@@ -184,6 +223,9 @@ class Gate(BaseModel):
         return found if found is not None else Amount(number=0.0, relative=True)
 
     def __str__(self) -> str:
+        if self.test == "range":
+            share = " of BEFORE" if self._limit.relative else ""
+            return f"{self.metric} from {self.at_least} to {self.at_most}{share}"
         if self.test == "bound":
             words = "at most" if self.at_most is not None else "at least"
             share = " of BEFORE" if self._limit.relative else ""
@@ -208,26 +250,32 @@ class Gate(BaseModel):
         """
         if effect.kind != self.wants:
             raise ValueError(f"{self} judges a {self.wants}, got a {effect.kind}")
-        if self.test != "bound" and better == "neither":
+        if self.test not in ("bound", "range") and better == "neither":
             return self.invalid(
                 f"no direction of {self.metric} is an improvement; use a bound", before, after
             )
-        limit, upper, strict = self._region(better)
-        sign = "<" if upper else ">"
-        sign = sign if strict else f"{sign}="
+        ends = self._ends(better)
+        wanted = " and ".join(str(end) for end in ends)
         shown = f"{effect.kind} {effect.point:.5g}"
         if effect.low is None or effect.high is None:
-            explanation = f"{shown}, without an interval ({effect.method}); wanted {sign} {limit:.5g}"
+            explanation = f"{shown}, without an interval ({effect.method}); wanted {wanted}"
             return self._said(Verdict.UNDECIDED, explanation, before, after, effect)
-        inside = [_inside(bound, limit, upper=upper, strict=strict) for bound in (effect.low, effect.high)]
-        verdict = Verdict.PASS if all(inside) else Verdict.UNDECIDED if any(inside) else Verdict.FAIL
+        bounds = (effect.low, effect.high)
+        if all(end.holds(bound) for end in ends for bound in bounds):
+            verdict = Verdict.PASS
+        else:
+            beyond = any(not any(end.holds(bound) for bound in bounds) for end in ends)
+            verdict = Verdict.FAIL if beyond else Verdict.UNDECIDED
         interval = f" [{effect.low:.5g}, {effect.high:.5g}]" if effect.low != effect.high else ""
-        explanation = f"{shown}{interval}, wanted {sign} {limit:.5g}; {effect.method}"
+        explanation = f"{shown}{interval}, wanted {wanted}; {effect.method}"
         return self._said(verdict, explanation, before, after, effect)
 
-    def invalid(self, reason: str, before: str = "before", after: str = "after") -> Judgement:
-        """The verdict where no comparison can be made."""
-        return self._said(Verdict.INVALID, reason, before, after, None)
+    def invalid(
+        self, reason: str, before: str = "before", after: str = "after", *, baseline: bool = True
+    ) -> Judgement:
+        """The verdict where no comparison can be made; ``baseline`` says whether BEFORE has a value."""
+        judgement = self._said(Verdict.INVALID, reason, before, after, None)
+        return judgement if baseline else judgement.model_copy(update={"baseline": False})
 
     def _said(
         self, verdict: Verdict, explanation: str, before: str, after: str, effect: Effect | None
@@ -242,22 +290,35 @@ class Gate(BaseModel):
             effect=effect,
         )
 
-    def _region(self, better: Direction) -> tuple[float, bool, bool]:
-        """The acceptable half-line: its end, whether it lies below the end, whether the end is excluded."""
+    def _ends(self, better: Direction) -> tuple["_End", ...]:
+        """What bounds the acceptable values: one end of a half-line, or both of a range."""
+        if self.test in ("bound", "range"):
+            upper = () if self.at_most is None else (_End(self.at_most.number, True, False),)
+            lower = () if self.at_least is None else (_End(self.at_least.number, False, False),)
+            return (*lower, *upper)
         limit = self._limit
-        if self.test == "bound":
-            return limit.number, self.at_most is not None, False
         centre = 1.0 if limit.relative else 0.0
         worse = 1.0 if better == "lower" else -1.0
         tolerated = self.test == "non-inferiority"
         end = centre + worse * limit.number * (1.0 if tolerated else -1.0)
-        return end, better == "lower", not tolerated
+        return (_End(end, better == "lower", not tolerated),)
 
 
-def _inside(bound: float, limit: float, *, upper: bool, strict: bool) -> bool:
-    if bound == limit:
-        return not strict
-    return bound < limit if upper else bound > limit
+@dataclass(frozen=True)
+class _End:
+    """One end of the acceptable values: where, whether they lie below it, whether it is excluded."""
+
+    limit: float
+    upper: bool
+    strict: bool
+
+    def holds(self, value: float) -> bool:
+        if value == self.limit:
+            return not self.strict
+        return value < self.limit if self.upper else value > self.limit
+
+    def __str__(self) -> str:
+        return f"{'<' if self.upper else '>'}{'' if self.strict else '='} {self.limit:.5g}"
 
 
 def check_metrics(gates: Iterable[Gate], known: Iterable[str]) -> None:

@@ -44,6 +44,10 @@ class Measurement(BaseModel):
         default=None,
         description="document, window or launch of each sample: what is independent; null is one each",
     )
+    answers: tuple[str, ...] | None = Field(
+        default=None,
+        description="what was answered at each sample, so that two arms' answers can be compared",
+    )
     conditions: Mapping[str, Any] = Field(
         default_factory=dict, description="under which the value holds: shapes, protocol, counts"
     )
@@ -54,7 +58,11 @@ class Measurement(BaseModel):
             raise ValueError("a measurement has either a value or a reason why there is none")
         if self.value is not None and not math.isfinite(self.value):
             raise ValueError(f"a measured value is finite, got {self.value}; give a reason instead")
-        for name, column in (("weights", self.weights), ("clusters", self.clusters)):
+        for name, column in (
+            ("weights", self.weights),
+            ("clusters", self.clusters),
+            ("answers", self.answers),
+        ):
             if column is not None and len(column) != len(self.samples):
                 raise ValueError(f"{len(column)} {name} for {len(self.samples)} samples")
         return self
@@ -85,6 +93,7 @@ class Measurement(BaseModel):
         better: Direction = "neither",
         weights: Sequence[float] | None = None,
         clusters: Sequence[int] | None = None,
+        answers: Sequence[str] | None = None,
         conditions: Mapping[str, Any] | None = None,
     ) -> "Measurement":
         """A value from its samples; ``n/a`` where there are none or one of them is not finite."""
@@ -105,6 +114,7 @@ class Measurement(BaseModel):
             samples=tuple(samples),
             weights=None if weights is None else tuple(weights),
             clusters=None if clusters is None else tuple(clusters),
+            answers=None if answers is None else tuple(answers),
             conditions=conditions or {},
         )
 
@@ -125,6 +135,11 @@ class Effect(BaseModel):
     high: float | None = Field(description="upper bound; null where too little was sampled for one")
     confidence: float = Field(description="of each bound")
     method: str = Field(description="how the bounds were found, and over how many independent units")
+    detectable: float | None = Field(
+        default=None,
+        description="smallest change that this sample would have shown in four of five such experiments: a "
+        "share of BEFORE for a ratio, else in the unit; null where nothing was sampled, or too little",
+    )
 
 
 def summarize(samples: Sequence[float], weights: Sequence[float] | None, summary: Summary) -> float:

@@ -1,8 +1,11 @@
 """The experiment: order, isolation, rows for what failed, verdicts, files."""
 
+import math
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -10,12 +13,25 @@ import torch
 from compress.bench import isolate, worker
 from compress.bench.experiment import compare
 from compress.bench.isolate import Reply
+from compress.bench.judging import judge_again
+from compress.bench.material import Material
 from compress.bench.report.terminal import plain
-from compress.bench.results import Fault, Results
+from compress.bench.results import ArmResult, Fault, Results
 from compress.core.errors import TargetError, UsageError
+from compress.core.gate import Gate
+from compress.core.measurement import Measurement
 from tests import models_zoo, quantized_models
 
-SMALL = {"launches": 2, "repeats": 2, "prompt_length": 8, "new_tokens": 2, "tokens": 256, "threads": 1}
+SMALL = {
+    "launches": 2,
+    "repeats": 2,
+    "prompt_length": 8,
+    "new_tokens": 2,
+    "tokens": 256,
+    "threads": 1,
+    "noise_floor": False,
+    "budget": 0,
+}
 GATES = (
     {"metric": "size.bytes", "test": "bound", "at_most": "80%"},
     {"metric": "perplexity", "test": "non-inferiority", "margin": "50%"},
@@ -48,7 +64,7 @@ def results(before: Path, after: Path, text: Path, tmp_path_factory: pytest.Temp
         options=SMALL,
         runner=in_process,
     )
-    assert sorted(path.name for path in out.iterdir()) == ["report.md", "results.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["junit.xml", "report.md", "results.json"]
     assert Results.read(out / "results.json") == found
     return found
 
@@ -84,8 +100,8 @@ def test_values_are_there_and_make_sense(results: Results) -> None:
 
 def test_launches_are_interleaved_in_an_order_that_the_seed_gives(results: Results) -> None:
     running = 3
-    assert len(results.order) == 2 * (running + 1)
-    assert set(results.order[: running + 1]) == {arm.name for arm in results.arms}
+    assert len(results.order) == 2 * running
+    assert set(results.order[:running]) == {arm.name for arm in results.arms} - {"before@torch-int4"}
 
 
 def test_verdicts_name_their_pair(results: Results) -> None:
@@ -253,3 +269,139 @@ def test_an_encoder_has_its_own_quantities(tmp_path: Path, text: Path) -> None:
     assert packed["fidelity.cosine"].value == pytest.approx(1.0, abs=0.1)
     assert "perplexity" not in packed
     assert found.exit_code == 0
+
+
+def fabricated(rates: Any) -> Any:
+    """A runner that measures nothing: ``rates(artifact, launch)`` are the samples of a launch."""
+
+    def run(request: Mapping[str, Any], *, stage: str, **_: Any) -> Reply:
+        found: dict[str, Any] = {}
+        if stage.startswith("timing"):
+            launch = int(stage.split()[1])
+            samples = rates("after" if "int4" in request["artifact"] else "before", launch)
+            found = {
+                "decode.tokens_per_second": Measurement.sampled(
+                    samples, summary="geometric-mean", unit="token/s", better="higher"
+                ).model_dump(mode="json")
+            }
+        if stage == "scoring":
+            material = Material.load(Path(request["material"]))
+            generator = torch.Generator().manual_seed(0)
+            count = len(material.sequences)
+            nats = torch.randn(count, generator=generator) * 0.1 + 3
+            if "int4" in request["artifact"]:
+                nats += 0.09 + torch.randn(count, generator=generator) * 0.02
+            found = {
+                "perplexity": Measurement.sampled(
+                    nats.tolist(), summary="exponential-mean", better="lower"
+                ).model_dump(mode="json")
+            }
+        return Reply({"measurements": found, "facts": {}})
+
+    return run
+
+
+def steady(artifact: str, launch: int) -> list[float]:
+    generator = random.Random(f"{artifact} {launch}")
+    rate = 95 if artifact == "after" else 100
+    return [rate * math.exp(generator.gauss(0, 0.05)) for _ in range(3)]
+
+
+NOT_SLOWER = {"metric": "decode.tokens_per_second", "test": "non-inferiority", "margin": "8%"}
+
+
+def test_an_undecided_gate_is_looked_at_again_with_twice_the_launches(
+    before: Path, after: Path, text: Path, tmp_path: Path
+) -> None:
+    options = {**SMALL, "launches": 3, "budget": 600, "looks": 4}
+    found = compare(
+        before, [after], tmp_path, str(text), gates=[NOT_SLOWER], options=options, runner=fabricated(steady)
+    )
+    assert found.looks > 1
+    launches = found.arm("after@torch-eager").measurements["decode.tokens_per_second"].conditions["launches"]
+    assert launches == 3 * 2 ** (found.looks - 1)
+    assert found.verdict == "PASS" or found.looks == 4
+
+
+def test_a_budget_of_nothing_looks_once(before: Path, after: Path, text: Path, tmp_path: Path) -> None:
+    found = compare(
+        before, [after], tmp_path, str(text), gates=[NOT_SLOWER], options=SMALL, runner=fabricated(steady)
+    )
+    assert (found.looks, found.verdict) == (1, "UNDECIDED")
+    assert found.exit_code == 11
+
+
+def test_an_undecided_perplexity_takes_more_text(
+    before: Path, after: Path, text: Path, tmp_path: Path
+) -> None:
+    gate = {"metric": "perplexity", "test": "non-inferiority", "margin": "10%"}
+    options = {**SMALL, "window": 16, "tokens": 64, "budget": 600, "launches": 1}
+    found = compare(
+        before, [after], tmp_path, str(text), gates=[gate], options=options, runner=fabricated(steady)
+    )
+    assert found.looks > 1
+    assert found.options["tokens"] == 64 * 2 ** (found.looks - 1)
+    assert len(found.arm("after@torch-eager").measurements["perplexity"].samples) > 4
+
+
+def test_before_is_launched_again_to_see_the_noise(
+    before: Path, after: Path, text: Path, tmp_path: Path
+) -> None:
+    found = compare(
+        before,
+        [after],
+        tmp_path,
+        str(text),
+        options={**SMALL, "noise_floor": True, "launches": 4},
+        runner=fabricated(steady),
+    )
+    again = found.arm("before-again@torch-eager")
+    assert again.role == "again"
+    assert set(again.measurements) == {"decode.tokens_per_second"}
+    pairs = {(entry.before, entry.after) for entry in found.comparisons}
+    assert ("before@torch-eager", "before-again@torch-eager") in pairs
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "## Noise floor" in report
+    assert "before-again" not in report.split("## Environment")[0]
+
+
+def test_a_machine_that_is_too_unsteady_decides_nothing(results: Results) -> None:
+    """BEFORE's second set of launches is half as fast as its first: no gate on speed may pass."""
+
+    def timed(name: str, role: Any, rate: float) -> ArmResult:
+        rates = [rate, 1.01 * rate, 0.99 * rate, rate]
+        decode = Measurement.sampled(rates, summary="geometric-mean", unit="token/s", better="higher")
+        held = results.arm("before@torch-eager").model_dump() | {"name": name, "role": role}
+        return ArmResult.model_validate(held | {"measurements": {"decode.tokens_per_second": decode}})
+
+    arms = (timed("b", "before", 100.0), timed("a", "after", 150.0), timed("b2", "again", 50.0))
+    judged = judge_again(results.model_copy(update={"arms": arms}), [Gate.of(NOT_SLOWER)]).judgements
+    assert judged[0].verdict == "INVALID"
+    assert "BEFORE against itself" in judged[0].explanation
+    calm = (*arms[:2], timed("b2", "again", 99.0))
+    judged = judge_again(results.model_copy(update={"arms": calm}), [Gate.of(NOT_SLOWER)]).judgements
+    assert judged[0].verdict == "PASS"
+
+
+def test_without_a_baseline_the_exit_code_says_so(
+    before: Path, after: Path, text: Path, tmp_path: Path
+) -> None:
+    def run(request: Mapping[str, Any], *, stage: str, **others: Any) -> Reply:
+        if stage == "scoring" and "int4" not in request["artifact"]:
+            return Reply(fault=Fault(stage=stage, kind="crashed", message="it went wrong"))
+        return fabricated(steady)(request, stage=stage, **others)
+
+    gate = {"metric": "perplexity", "test": "non-inferiority", "margin": "10%"}
+    found = compare(before, [after], tmp_path, str(text), gates=[gate], options=SMALL, runner=run)
+    assert found.verdict == "INVALID"
+    assert found.exit_code == 13
+    junit = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    assert [case.get("type") for case in junit.iter("error")] == ["crashed", "INVALID"]
+
+
+def test_stored_samples_are_judged_again_by_other_gates(results: Results) -> None:
+    strict = judge_again(results, [Gate.of({"metric": "perplexity", "test": "bound", "at_most": "1%"})])
+    assert [judgement.verdict for judgement in strict.judgements] == ["FAIL"]
+    assert strict.arms == results.arms
+    with pytest.raises(UsageError, match="unknown metric"):
+        judge_again(results, [Gate.of({"metric": "perplexty", "test": "bound", "at_most": 1})])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from compress.bench.statistics import Incomparable, effect
+from compress.bench.statistics import Incomparable, effect, mcnemar
 from compress.core.measurement import Measurement, Summary
 
 
@@ -131,3 +131,74 @@ def test_every_summary_and_kind_has_bounds_around_its_point() -> None:
         assert found.low is not None
         assert found.high is not None
         assert found.low < found.point < found.high
+
+
+def test_mcnemar_against_the_enumeration_of_all_outcomes() -> None:
+    before, after = [1.0] * 9 + [0.0] * 6, [0.0] * 2 + [1.0] * 7 + [1.0] * 5 + [0.0]
+    found = mcnemar(sampled(before), sampled(after))
+    assert found is not None
+    assert (found.right_to_wrong, found.wrong_to_right) == (2, 5)
+    chance = [math.comb(7, k) / 2**7 for k in range(8)]
+    assert found.p_value == pytest.approx(sum(p for p in chance if p <= chance[2] + 1e-12))
+    assert mcnemar(sampled([0.5, 1.0]), sampled([1.0, 1.0])) is None
+
+
+def test_no_changed_answer_is_no_certainty() -> None:
+    """Of 100 answers none changed; 3% of lost answers would have left no trace in one case of twenty."""
+    right = [1.0, 0.0] * 50
+    found = effect(sampled(right), sampled(right), "difference")
+    assert (found.point, found.method) == (0.0, "exact, over 100 examples")
+    assert found.low is not None
+    assert found.low < -(1 - 0.05 ** (1 / 100))
+    ratio = effect(sampled(right), sampled(right), "ratio")
+    assert ratio.low == pytest.approx(1 + found.low / 0.5)
+
+
+def test_exact_bounds_hold_as_often_as_they_say() -> None:
+    """Over every outcome of 12 examples that lose an answer with probability 0.2 and win none."""
+    missed = 0.0
+    for lost in range(10):
+        after = [0.0] * lost + [1.0] * (12 - lost)
+        found = effect(sampled(after), sampled([1.0] * 12), "difference", confidence=0.95)
+        assert found.high is not None
+        missed += stats.binom.pmf(lost, 12, 0.2) * (found.high < -0.2)
+    assert missed <= 0.05
+
+
+def test_launches_and_their_iterations_are_resampled_in_two_stages() -> None:
+    """The spread is that of launches plus that of iterations, as the two-stage bootstrap has it."""
+    generator = np.random.default_rng(5)
+    launches, iterations = 40, 5
+    logs = [
+        generator.normal(0, 0.02, (launches, 1)) + generator.normal(0, 0.05, (launches, iterations))
+        for _ in range(2)
+    ]
+    clusters = [launch for launch in range(launches) for _ in range(iterations)]
+    before, after = (sampled(np.exp(log).ravel(), "geometric-mean", clusters=clusters) for log in logs)
+    found = effect(after, before, "ratio", resamples=20_000)
+    assert "40 launches and their iterations" in found.method
+    means = (logs[1] - logs[0]).mean(1)
+    within = sum(log.var(1).mean() for log in logs) / iterations
+    error = math.sqrt((means.var() + within) / launches)
+    assert found.low is not None
+    assert math.log(found.low) == pytest.approx(means.mean() - 1.645 * error, abs=0.1 * error)
+
+
+def test_the_smallest_detectable_change_is_found_four_times_in_five() -> None:
+    generator = np.random.default_rng(6)
+    noise = generator.normal(0, 0.05, 12)
+    least = effect(sampled(np.exp(noise), "geometric-mean"), sampled([1.0] * 12, "geometric-mean"), "ratio")
+    assert least.detectable is not None
+    found = 0
+    for _ in range(400):
+        slower = np.exp(generator.normal(math.log1p(least.detectable), noise.std(ddof=1), 12))
+        seen = effect(sampled(slower, "geometric-mean"), sampled([1.0] * 12, "geometric-mean"), "ratio")
+        found += seen.low is not None and seen.low > 1
+    assert 0.72 < found / 400 < 0.88
+
+
+def test_a_share_of_almost_nothing_has_no_ratio() -> None:
+    before = [1.0] + [0.0] * 99
+    after = [0.0] * 50 + [1.0] * 50
+    with pytest.raises(Incomparable, match="no finite number"):
+        effect(sampled(after), sampled(before), "ratio")

@@ -1,5 +1,6 @@
 """Gates judge intervals: wholly acceptable, wholly not, or not to be told."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,3 +108,54 @@ def test_exit_codes() -> None:
     assert worst([Verdict.PASS, Verdict.UNDECIDED]) is Verdict.UNDECIDED
     assert worst([Verdict.INVALID, Verdict.UNDECIDED]) is Verdict.INVALID
     assert worst([Verdict.INVALID, Verdict.FAIL]) is Verdict.FAIL
+
+
+RANGE = {"metric": "sparsity", "test": "range", "at_least": 0.4, "at_most": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.45, 0.55, "PASS"),
+        (0.4, 0.6, "PASS"),
+        (0.35, 0.55, "UNDECIDED"),
+        (0.3, 0.7, "UNDECIDED"),
+        (0.61, 0.7, "FAIL"),
+        (0.1, 0.39, "FAIL"),
+    ],
+)
+def test_a_range_has_two_ends(low: float, high: float, verdict: str) -> None:
+    gate = Gate.of(RANGE)
+    assert gate.wants == "value"
+    assert gate.judge(effect("value", low, high), "neither").verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"at_most": None}, "both at_least and at_most"),
+        ({"margin": "1%"}, "no margin"),
+        ({"at_least": "40%"}, "both shares"),
+        ({"at_least": 0.7}, "is empty"),
+    ],
+)
+def test_a_range_that_makes_no_sense_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Gate.of({**RANGE, **change})
+
+
+@pytest.mark.parametrize("text", ["- {gate}\n", "gates:\n  - {gate}\n"])
+def test_gates_are_read_from_a_file(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "gates.yaml"
+    file.write_text(text.replace("{gate}", "{metric: perplexity, test: bound, at_most: 20}"))
+    assert [str(gate) for gate in Gate.load(file)] == ["perplexity at most 20"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("steps: []", "holds no gates"), ("- 3", "no mapping"), ("{", "not YAML")]
+)
+def test_a_file_without_gates_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "gates.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        Gate.load(file)

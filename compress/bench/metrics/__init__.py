@@ -7,8 +7,8 @@ stage of an experiment it is taken. Nothing here imports torch.
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.bench.options import Options
 from compress.core.artifact import Artifact
-from compress.core.errors import PlanError
+from compress.core.errors import PlanError, UsageError
 from compress.core.measurement import Direction, Measurement, Summary
+from compress.data.suites import read_suite, suite_name
 
 if TYPE_CHECKING:
+    from compress.bench.log_probabilities import LogProbabilities, Recorder
     from compress.bench.material import Material
     from compress.models.tasks import Task
     from compress.runtimes import Session
@@ -52,6 +54,10 @@ class Quantity:
     better: Direction
     shown: bool = True
 
+    def of(self, source: str) -> "Quantity":
+        """The quantity of one source, where the name of this one holds a ``*``."""
+        return replace(self, name=self.name.replace("*", source), title=f"{source}, {self.title}")
+
     def exact(self, value: float, conditions: Mapping[str, Any] | None = None) -> Measurement:
         """A value without sampling error."""
         return Measurement.exact(value, self.unit, self.better, conditions)
@@ -67,6 +73,7 @@ class Quantity:
         *,
         weights: Sequence[float] | None = None,
         clusters: Sequence[int] | None = None,
+        answers: Sequence[str] | None = None,
         conditions: Mapping[str, Any] | None = None,
     ) -> Measurement:
         """A value from its samples."""
@@ -77,6 +84,7 @@ class Quantity:
             better=self.better,
             weights=weights,
             clusters=clusters,
+            answers=answers,
             conditions=conditions,
         )
 
@@ -91,6 +99,8 @@ class Subject:
         options: of the experiment.
         session: the model in memory; not there at the stage ``files``.
         reference: BEFORE in memory, while an AFTER is scored.
+        stored: BEFORE's distributions from a file, in place of BEFORE in memory.
+        recorder: takes BEFORE's distributions while it is scored, where they are to be stored.
         material: tokens and labels; not there at the stage ``files``.
         load_seconds: what loading took.
         baseline: memory of the process before the model was loaded, bytes by kind.
@@ -102,6 +112,8 @@ class Subject:
     options: Options
     session: "Session | None" = None
     reference: "Session | None" = None
+    stored: "LogProbabilities | None" = None
+    recorder: "Recorder | None" = None
     material: "Material | None" = None
     load_seconds: float = 0.0
     baseline: Mapping[str, int] | None = None
@@ -131,11 +143,13 @@ class Subject:
 
 
 class Metric(ABC):
-    """One kind of measurement. Has no state."""
+    """One kind of measurement. Has no state, but for the source of examples that some take."""
 
     title: ClassVar[str]
     stage: ClassVar[Stage]
-    quantities: ClassVar[tuple[Quantity, ...]]
+    quantities: tuple[Quantity, ...]
+    """Of the class: all that it may give, a ``*`` standing for the name of a source. Of an instance with a
+    source: those that this source gives."""
 
     @abstractmethod
     def measure(self, subject: Subject) -> dict[str, Measurement]:
@@ -155,26 +169,64 @@ def names() -> tuple[str, ...]:
 
 @cache
 def find(name: str) -> Metric:
-    """The metric in a file.
+    """The metric in a file: ``perplexity``, or with a source of examples ``suite:lm_tasks/piqa.jsonl.gz``.
 
     Raises:
         PlanError: the file breaks the contract: one metric, whose quantities carry the file's name.
+        DataError: the source cannot be read.
     """
-    module = importlib.import_module(f"{__name__}.{name}")
-    found: list[type[Metric]] = [
+    stem, _, source = name.partition(":")
+    module = importlib.import_module(f"{__name__}.{stem}")
+    found: list[Callable[..., Metric]] = [
         value
         for value in vars(module).values()
         if inspect.isclass(value) and issubclass(value, Metric) and value.__module__ == module.__name__
     ]
     if len(found) != 1:
         raise PlanError(f"{module.__name__} must hold exactly one metric, it holds {len(found)}")
-    metric = found[0]()
+    metric = found[0](source) if source else found[0]()
     for quantity in metric.quantities:
-        if quantity.name.partition(".")[0] != name:
-            raise PlanError(f"{module.__name__}: quantity '{quantity.name}' must start with '{name}'")
+        if quantity.name.partition(".")[0] != stem:
+            raise PlanError(f"{module.__name__}: quantity '{quantity.name}' must start with '{stem}'")
     return metric
+
+
+def metrics_of(task: "Task", options: Options) -> tuple[str, ...]:
+    """The metrics of an experiment: the task's, and one for each suite.
+
+    Raises:
+        UsageError: two suites have the same name.
+        DataError: a suite cannot be read.
+    """
+    named: dict[str, str] = {}
+    for source in options.suites:
+        name = suite_name(source)
+        if name in named:
+            raise UsageError(
+                f"{named[name]} and {source} are both called '{name}'", "rename one of the two files"
+            )
+        named[name] = source
+        read_suite(source, limit=options.suite_limit)
+    return (*task.metrics, *(f"suite:{source}" for source in named.values()))
 
 
 def quantities(metrics: Iterable[str]) -> dict[str, Quantity]:
     """All quantities of some metrics, by name, in the order of a report."""
     return {quantity.name: quantity for name in metrics for quantity in find(name).quantities}
+
+
+def described(measured: Iterable[str], metrics: Iterable[str]) -> dict[str, Quantity]:
+    """The quantities that have these names, in the order of `metrics`; for readers of stored results.
+
+    Args:
+        measured: names of quantities, such as ``suite.piqa.accuracy``.
+        metrics: stems of metrics. Their sources need not be there any more.
+    """
+    asked = list(dict.fromkeys(measured))
+    found = {}
+    for quantity in quantities(metrics).values():
+        head, star, tail = quantity.name.partition("*")
+        for name in asked:
+            if name == quantity.name or (star and name.startswith(head) and name.endswith(tail)):
+                found[name] = quantity.of(name.removeprefix(head).removesuffix(tail)) if star else quantity
+    return found

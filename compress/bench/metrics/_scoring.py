@@ -1,6 +1,7 @@
 """One pass over the text: likelihood of the text and distance to the reference, in float32.
 
-Perplexity and fidelity read the same pass, so a text is run through each model once.
+Perplexity and fidelity read the same pass, so a text is run through each model once. Both look at the same
+positions: those that predict a target of the protocol.
 """
 
 from dataclasses import dataclass, field
@@ -8,12 +9,29 @@ from typing import Final
 
 import torch
 
+from compress.bench.divergence import Buckets, compare_buckets, compare_logits
 from compress.bench.metrics import Subject
 
 _LOGIT_BYTES: Final = 2**28
 """Logits of one forward pass that are wanted at once; a single sequence may take more."""
 _POSITIONS: Final = 256
-"""Positions whose distributions are compared at once."""
+"""Positions whose likelihood is found at once."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One sequence beside the reference, on the CPU, a number for each target.
+
+    Attributes:
+        divergence: KL(before || after) where the target is predicted, nats; a lower bound of it where the
+            reference was read from a file.
+        agrees: whether both prefer the same token there.
+        loss: of the reference, nats.
+    """
+
+    divergence: torch.Tensor
+    agrees: torch.Tensor
+    loss: torch.Tensor
 
 
 @dataclass
@@ -21,22 +39,26 @@ class Scores:
     """Per sequence, in the order of the material.
 
     Attributes:
-        loss: mean nats a target.
-        targets: how many.
-        divergence: mean KL(before || after) a position, nats; empty without a reference.
-        agreement: share of positions where both prefer the same token; empty without a reference.
-        positions: compared positions of each sequence.
-        by_token: every position's divergence, of all sequences.
+        loss: nats of each target, float64 ``[targets]``.
+        compared: with the reference; empty without one.
+        kept: tokens of each position that the reference is known by; none for all of them.
         reason: why there is no comparison although there is a reference.
     """
 
-    loss: list[float] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
-    divergence: list[float] = field(default_factory=list)
-    agreement: list[float] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    by_token: list[torch.Tensor] = field(default_factory=list)
+    loss: list[torch.Tensor] = field(default_factory=list)
+    compared: list[Compared] = field(default_factory=list)
+    kept: int | None = None
     reason: str | None = None
+
+    @property
+    def targets(self) -> list[int]:
+        """Of each sequence."""
+        return [len(loss) for loss in self.loss]
+
+    @property
+    def mean_loss(self) -> list[float]:
+        """Of each sequence, nats a target."""
+        return [float(loss.mean()) for loss in self.loss]
 
 
 def generation_scores(subject: Subject) -> Scores:
@@ -48,59 +70,71 @@ def generation_scores(subject: Subject) -> Scores:
 
 
 def _score(subject: Subject) -> Scores:
-    material, session, reference = subject.given, subject.running, subject.reference
-    count = len(material.sequences)
-    scores = Scores(loss=[0.0] * count, targets=[0] * count)
-    if reference is not None:
-        scores.divergence, scores.agreement = [0.0] * count, [0.0] * count
-        scores.positions, scores.by_token = [0] * count, [torch.empty(0)] * count
+    material, session = subject.given, subject.running
+    scores = Scores(loss=[torch.empty(0)] * len(material.sequences))
+    compared: dict[int, Compared] = {}
     vocabulary = int(subject.artifact.config.get("vocab_size") or 0)
     longest = max((len(sequence) for sequence in material.sequences), default=1)
     fitting = _LOGIT_BYTES // max(4 * vocabulary * longest, 1)
     for numbers in material.batches(max(1, min(subject.options.scoring_batch_size, fitting))):
+        # Nothing is predicted from the last token, for which a model may have no position left.
         tokens = torch.stack([material.sequences[number] for number in numbers])
-        after = session.outputs(tokens)
-        before = reference.outputs(tokens).to(after.device) if reference is not None else None
-        if before is not None and before.shape != after.shape:
-            shapes = f"{before.shape[-1]} and {after.shape[-1]}"
-            scores.reason = f"the vocabularies differ: {shapes} logits a token"
-            before = None
+        after = session.outputs(tokens[:, :-1])
+        before = subject.reference.outputs(tokens[:, :-1]) if subject.reference is not None else None
         for row, number in enumerate(numbers):
-            loss = _loss(after[row], tokens[row].to(after.device))
-            scores.loss[number], scores.targets[number] = loss, len(tokens[row]) - 1
+            start = material.starts[number]
+            wanted = tokens[row, start:].to(after.device)
+            logits = after[row, start - 1 :]
+            loss = _loss(logits, wanted)
+            scores.loss[number] = loss.double().cpu()
+            if subject.recorder is not None:
+                subject.recorder.add(number, logits, loss)
             if before is not None:
-                divergence, agrees = compare_logits(before[row], after[row])
-                scores.divergence[number] = float(divergence.double().mean())
-                scores.agreement[number] = float(agrees.double().mean())
-                scores.positions[number] = len(divergence)
-                scores.by_token[number] = divergence.cpu()
+                compared[number] = _beside(before[row, start - 1 :].to(logits.device), logits, wanted, scores)
+            elif subject.stored is not None:
+                compared[number] = _beside_stored(subject, number, logits, scores)
+    if scores.reason is None:
+        scores.compared = [compared[number] for number in sorted(compared)]
     return scores
 
 
-def _loss(logits: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Mean nats of each token given those before it; ``[length, vocabulary]`` and ``[length]``."""
-    total = 0.0
-    for start in range(0, len(tokens) - 1, _POSITIONS):
-        part = logits[start : min(start + _POSITIONS, len(tokens) - 1)]
-        wanted = tokens[start + 1 : start + 1 + len(part)]
-        loss = torch.nn.functional.cross_entropy(part.float(), wanted, reduction="none")
-        total += float(loss.double().sum())
-    return total / (len(tokens) - 1)
+def _beside(before: torch.Tensor, after: torch.Tensor, wanted: torch.Tensor, scores: Scores) -> Compared:
+    if not _same_vocabulary(before.shape[-1], after, scores):
+        return _NOTHING
+    divergence, agrees = compare_logits(before, after)
+    return Compared(divergence.cpu(), agrees.cpu(), _loss(before, wanted).double().cpu())
 
 
-def compare_logits(before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(before || after) in nats, and whether the most likely choice is the same, position by position.
+def _beside_stored(subject: Subject, number: int, after: torch.Tensor, scores: Scores) -> Compared:
+    stored = subject.stored
+    if stored is None or not _same_vocabulary(stored.vocabulary, after, scores):
+        return _NOTHING
+    scores.kept = stored.most
+    before, log_probabilities = stored.parts[number]
+    there = Buckets(
+        before.tokens.to(after.device),
+        before.log_probabilities.to(after.device),
+        before.tail.to(after.device),
+        before.first.to(after.device),
+    )
+    divergence, agrees = compare_buckets(there, after)
+    return Compared(divergence.cpu(), agrees.cpu(), -log_probabilities.double())
 
-    Args:
-        before, after: logits ``[positions, choices]``; compared in float32.
 
-    Returns:
-        float32 ``[positions]`` and bool ``[positions]``.
-    """
-    divergences, agreements = [], []
-    for old, new in zip(before.split(_POSITIONS), after.split(_POSITIONS), strict=True):
-        p, q = old.float().log_softmax(-1), new.float().log_softmax(-1)
-        # Terms of opposite sign cancel; what float32 leaves below zero is rounding.
-        divergences.append((p.exp() * (p - q)).sum(-1).clamp_min(0.0))
-        agreements.append(old.argmax(-1) == new.argmax(-1))
-    return torch.cat(divergences), torch.cat(agreements)
+_NOTHING: Final = Compared(torch.empty(0), torch.empty(0, dtype=torch.bool), torch.empty(0))
+
+
+def _same_vocabulary(before: int, after: torch.Tensor, scores: Scores) -> bool:
+    if before != after.shape[-1]:
+        scores.reason = f"the vocabularies differ: {before} and {after.shape[-1]} logits a token"
+    return scores.reason is None
+
+
+def _loss(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Nats of each token, float32 ``[targets]``; from logits ``[targets, vocabulary]`` and ``[targets]``."""
+    return torch.cat(
+        [
+            torch.nn.functional.cross_entropy(part.float(), tokens, reduction="none")
+            for part, tokens in zip(logits.split(_POSITIONS), wanted.split(_POSITIONS), strict=True)
+        ]
+    )

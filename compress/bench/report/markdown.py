@@ -3,8 +3,10 @@
 import json
 from typing import Final
 
-from compress.bench.report.rows import Table, table
+from compress.bench.metrics import described
+from compress.bench.report.rows import Table, change, table
 from compress.bench.results import ArmResult, Results
+from compress.models.tasks import TASKS
 
 LARGEST: Final = 60_000
 """Bytes; what code hosts still show in a comment."""
@@ -19,7 +21,10 @@ def markdown(results: Results) -> str:
         *_verdicts(results),
         "## Measured",
         _table(table(results, everything=True)),
-        f"In brackets: change against BEFORE, with one-sided bounds of {confidence} each.",
+        f"In brackets: change against BEFORE, with one-sided bounds of {confidence} each, and the smallest "
+        "change that a sample of this size shows four times in five.",
+        *_noise(results),
+        *_flips(results),
         *_arms(results),
         *_protocols(results),
         "## Environment",
@@ -58,8 +63,49 @@ def _table(shown: Table) -> str:
     return "\n".join(lines)
 
 
+def _noise(results: Results) -> list[str]:
+    """What BEFORE differs from itself, in this run on this machine."""
+    again = {arm.name for arm in results.arms if arm.role == "again"}
+    known = described([entry.metric for entry in results.comparisons], TASKS[results.task].metrics)
+    rows = [
+        f"| {_escaped(known[entry.metric].title)} | {entry.before} | {change(entry.ratio)} |"
+        for entry in results.comparisons
+        if entry.after in again and entry.ratio is not None and entry.metric in known
+    ]
+    if not rows:
+        return []
+    head = ["| | arm | change |", "|---|---|---|"]
+    words = "BEFORE against itself, launched twice in each round: smaller changes than these are noise."
+    return ["## Noise floor", words, "\n".join([*head, *rows])]
+
+
+def _flips(results: Results) -> list[str]:
+    """Answers that changed, and the first of them."""
+    if not results.flips:
+        return []
+    tests = {(entry.after, entry.metric): entry.changed for entry in results.comparisons}
+    rows, examples = [], []
+    for flips in results.flips:
+        test = tests.get((flips.after, flips.metric))
+        p_value = f"{test.p_value:.3g}" if test is not None else ""
+        counts = (flips.examples, flips.right_to_wrong, flips.wrong_to_right, flips.wrong_to_other_wrong)
+        rows.append(f"| {flips.metric} | {flips.after} | {' | '.join(map(str, counts))} | {p_value} |")
+        examples += [
+            f"- {flips.metric} of {flips.after}, example {flip.example}, {flip.kind}: "
+            f"{_escaped(flip.question)} **{_escaped(flip.before)}** became **{_escaped(flip.after)}**"
+            + (f", right is **{_escaped(flip.gold)}**" if flip.gold else "")
+            for flip in flips.shown
+        ]
+    head = [
+        "| | arm | examples | right to wrong | wrong to right | wrong to other wrong | McNemar p |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    return ["## Changed answers", "\n".join([*head, *rows]), "\n".join(examples)]
+
+
 def _arms(results: Results) -> list[str]:
-    return ["## Arms", "\n".join(line for arm in results.arms for line in _arm(arm))]
+    arms = [arm for arm in results.arms if arm.role != "again" or arm.faults]
+    return ["## Arms", "\n".join(line for arm in arms for line in _arm(arm))]
 
 
 def _arm(arm: ArmResult) -> list[str]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from compress.bench.metrics import Quantity, quantities
+from compress.bench.metrics import Quantity, described
 from compress.bench.results import ArmResult, Comparison, Results
 from compress.core.measurement import Effect, Measurement
 from compress.models.tasks import TASKS
@@ -43,10 +43,12 @@ def table(results: Results, *, everything: bool = False) -> Table:
     """
     notes = _Notes()
     compared = {(entry.after, entry.metric): entry for entry in results.comparisons}
+    arms = [arm for arm in results.arms if arm.role != "again"]
     rows = []
-    for name, quantity in quantities(TASKS[results.task].metrics).items():
-        measured = [arm.measurements.get(name) for arm in results.arms]
-        running = [m for arm, m in zip(results.arms, measured, strict=True) if "unavailable" not in arm.facts]
+    names = [name for arm in arms for name in arm.measurements]
+    for name, quantity in described(names, [*TASKS[results.task].metrics, "suite"]).items():
+        measured = [arm.measurements.get(name) for arm in arms]
+        running = [m for arm, m in zip(arms, measured, strict=True) if "unavailable" not in arm.facts]
         # What does not apply to the task is n/a for an arm that could not run, and nothing for the others.
         if not (quantity.shown or everything) or all(m is None for m in running or measured):
             continue
@@ -54,16 +56,16 @@ def table(results: Results, *, everything: bool = False) -> Table:
             continue
         cells = [
             _cell(quantity, arm, measurement, compared.get((arm.name, name)), notes)
-            for arm, measurement in zip(results.arms, measured, strict=True)
+            for arm, measurement in zip(arms, measured, strict=True)
         ]
         title = f"{quantity.title} ({quantity.unit})" if quantity.unit not in ("", "B") else quantity.title
         rows.append((title, *cells))
-    return Table(tuple(arm.name for arm in results.arms), tuple(rows), tuple(notes.texts))
+    return Table(tuple(arm.name for arm in arms), tuple(rows), tuple(notes.texts))
 
 
 def _worth_saying(quantity: Quantity) -> bool:
     """Rows that no arm has a value for are left out where that is a matter of course."""
-    return not quantity.name.startswith(("memory.device_", "size."))
+    return not quantity.name.startswith(("memory.device_", "size.", "perplexity."))
 
 
 def _cell(
@@ -80,13 +82,14 @@ def _cell(
     text = number(measurement.value, quantity.unit)
     if arm.role == "before" or entry is None:
         return text
-    if entry.ratio is not None and quantity.unit != "":
-        return f"{text} ({change(entry.ratio)})"
-    if entry.ratio is not None and measurement.summary != "mean":
-        return f"{text} ({change(entry.ratio)})"
-    if entry.difference is not None:
-        return f"{text} ({difference(entry.difference)})"
-    return text
+    return f"{text} ({found})" if (found := told(entry, quantity, measurement)) else text
+
+
+def told(entry: Comparison, quantity: Quantity, measurement: Measurement) -> str:
+    """A change in words: in percent where a share of BEFORE means something, else as a difference."""
+    if entry.ratio is not None and (quantity.unit != "" or measurement.summary != "mean"):
+        return change(entry.ratio)
+    return difference(entry.difference) if entry.difference is not None else ""
 
 
 def number(value: float, unit: str) -> str:
@@ -104,15 +107,17 @@ def number(value: float, unit: str) -> str:
 
 
 def change(effect: Effect) -> str:
-    """A ratio as a change in percent, with its interval."""
+    """A ratio as a change in percent, with its interval and the smallest change that would have shown."""
     point = f"{100 * (effect.point - 1):+.1f}%"
     if effect.low is None or effect.high is None or effect.low == effect.high:
         return point
-    return f"{point}, {100 * (effect.low - 1):+.1f} to {100 * (effect.high - 1):+.1f}"
+    seen = "" if effect.detectable is None else f"; shows {100 * effect.detectable:.2g}%"
+    return f"{point}, {100 * (effect.low - 1):+.1f} to {100 * (effect.high - 1):+.1f}{seen}"
 
 
 def difference(effect: Effect) -> str:
-    """A difference, with its interval."""
+    """A difference, with its interval and the smallest difference that would have shown."""
     if effect.low is None or effect.high is None or effect.low == effect.high:
         return f"{effect.point:+.4g}"
-    return f"{effect.point:+.4g}, {effect.low:+.4g} to {effect.high:+.4g}"
+    seen = "" if effect.detectable is None else f"; shows {effect.detectable:.2g}"
+    return f"{effect.point:+.4g}, {effect.low:+.4g} to {effect.high:+.4g}{seen}"
