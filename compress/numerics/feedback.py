@@ -5,6 +5,7 @@ Matrices are worked on transposed, columns of the weight as contiguous rows, sin
 over the columns of all rows at once.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +16,17 @@ from compress.numerics.grouping import group_width, row_chunks
 from compress.numerics.hessian import FeedbackFactor, Hessian
 from compress.numerics.precision import full_precision
 
-WORKING_ELEMENTS = 1 << 26
-"""Weights that are worked on at once: 256 MiB of float32 for each of up to four copies."""
+DEVICE_ELEMENTS = 1 << 26
+"""Weights that are worked on at once on an accelerator, which wants many rows: 256 MiB a float32 copy."""
+HOST_ROWS = 2048
+"""Rows that are worked on at once on a CPU: enough that the walk over the columns costs little, few enough
+that the copies stay small beside the block that the weights belong to."""
+
+
+def _working_rows(weight: torch.Tensor) -> Iterator[slice]:
+    """Rows that are worked on together; they do not depend on each other."""
+    host = weight.device.type == "cpu"
+    return row_chunks(weight, HOST_ROWS * weight.shape[1] if host else DEVICE_ELEMENTS)
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ def round_with_feedback(
     """
     q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     with full_precision():
-        for rows in row_chunks(weight, WORKING_ELEMENTS):
+        for rows in _working_rows(weight):
             grid = _Grid.of(scale, zero, scheme, weight.shape[1], rows)
             q[rows] = _fed_back(weight[rows], grid, factor, block)
     return Quantized(q, scale, zero, scheme)
@@ -150,7 +160,7 @@ def refine(
     q, scale = torch.empty_like(start.q), torch.empty_like(start.scale)
     ridge = damping * hessian.mean_diagonal
     with full_precision():
-        for rows in row_chunks(weight, WORKING_ELEMENTS):
+        for rows in _working_rows(weight):
             grid = _Grid.of(start.scale, start.zero, start.scheme, start.columns, rows)
             descent = _Descent(weight[rows], start.q[rows], grid, hessian.matrix, ridge)
             for _ in range(sweeps):
@@ -163,20 +173,23 @@ def refine(
 
 
 class _Descent:
-    """The state of a coordinate descent over some rows; all matrices are ``[columns, rows]``."""
+    """The state of a coordinate descent over some rows; all matrices are ``[columns, rows]``.
+
+    Integers are held in int8 and are floats only while some columns are worked on.
+    """
 
     def __init__(
         self, weight: torch.Tensor, q: torch.Tensor, grid: _Grid, hessian: torch.Tensor, ridge: float
     ) -> None:
         self.grid = grid
-        self.levels = q.T.contiguous().float()
+        self.levels = q.T.contiguous()
         self._hessian = hessian
         self._ridge = ridge
         self._groups = torch.arange(weight.shape[1], device=weight.device) // grid.width
         self._error = weight.T.clone(memory_format=torch.contiguous_format)
         for group in range(grid.step.shape[0]):
             part = self._part(group)
-            self._error[part] -= grid.values(self.levels[part], group)
+            self._error[part] -= grid.values(self.levels[part].float(), group)
 
     def _part(self, group: int) -> slice:
         return slice(group * self.grid.width, (group + 1) * self.grid.width)
@@ -194,7 +207,7 @@ class _Descent:
         smallest = smallest_scale(self.grid.storage)
         for group in range(self.grid.step.shape[0]):
             part = self._part(group)
-            slope, levels = self._slope(part), self.levels[part]
+            slope, levels = self._slope(part), self.levels[part].float()
             offset = levels if self.grid.zero is None else levels - self.grid.zero[group]
             gain = (slope * offset).sum(0)
             cost = (self._bent(part, offset) * offset).sum(0)
@@ -219,18 +232,20 @@ class _Descent:
             # A column without data and without damping has no curvature, and any value serves it.
             pivots = curvature.diagonal().add_(self._ridge).clamp(min=2.0**-126).tolist()
             groups = self._groups[part]
-            values = self.grid.values(self.levels[part], groups)
+            levels = self.levels[part].float()
+            values = self.grid.values(levels, groups)
             moved = torch.zeros_like(slope)
             for local, group in enumerate(groups.tolist()):
-                levels, value = self.levels[begin + local], values[local]
+                value = values[local]
                 steepness = torch.addmv(slope[local], moved[:local].T, curvature[local, :local])
                 wish = steepness.div_(pivots[local])
                 chosen = self.grid.nearest(value + wish, group)
                 change = value - self.grid.values(chosen, group)
                 # Whether the new value is nearer to the wish: |change + wish| < |wish|.
                 better = torch.add(change, wish, alpha=2).mul_(change) < 0
-                torch.where(better, chosen, levels, out=levels)
+                torch.where(better, chosen, levels[local], out=levels[local])
                 torch.mul(change, better, out=moved[local])
+            self.levels[part] = levels
             self._error[part] += moved
 
 

@@ -137,7 +137,7 @@ def test_chunks_of_rows_and_stacking_do_not_matter(monkeypatch: pytest.MonkeyPat
 
     stacked = solve(torch.cat([weight, other]))
     assert torch.equal(stacked.rows(ROWS, 2 * ROWS).q, solve(other).q)
-    monkeypatch.setattr(feedback, "WORKING_ELEMENTS", 3 * COLUMNS)
+    monkeypatch.setattr(feedback, "HOST_ROWS", 3)
     chunked = solve(torch.cat([weight, other]))
     assert torch.equal(stacked.q, chunked.q)
     assert torch.equal(stacked.scale, chunked.scale)
