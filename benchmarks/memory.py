@@ -27,6 +27,12 @@ from transformers import LlamaConfig
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 1024, 2048, 8192
 SAMPLES, LENGTH, BATCH = 8, 64, 4
+METHODS: dict[str, tuple[str, ...]] = {
+    "rtn": ("rtn",),
+    "gptq": ("gptq",),
+    # The paper's method alone: what a deep model takes in minutes.
+    "gptq-plain": ("gptq", "--clip", "none", "--no-signed-scales", "--refinement", "0"),
+}
 CGROUP = Path("/sys/fs/cgroup/memory") / "compress-memory-benchmark"
 IMPORTS = "import torch, transformers, accelerate, compressed_tensors, scipy, compress.sweep.quantization"
 
@@ -119,10 +125,12 @@ def measure(method: str, layers: int, work: Path, imported: int) -> Reading:
         else sum(file.stat().st_size for file in model.glob("*.safetensors"))
     )
     embeddings = 4 * VOCABULARY * HIDDEN
-    activations = 4 * SAMPLES * LENGTH * HIDDEN if method == "gptq" else 0
+    name, *settings = METHODS[method]
+    activations = 4 * SAMPLES * LENGTH * HIDDEN if name == "gptq" else 0
     limit = imported + 3 * block_bytes() + embeddings + activations
-    command = [sys.executable, "-m", "compress", "quantize", method, str(model), "--out", str(out), "--quiet"]
-    if method == "gptq":
+    command = [sys.executable, "-m", "compress", "quantize", name, str(model), "--out", str(out), "--quiet"]
+    command += settings
+    if name == "gptq":
         command += ["--calibration", str(work / "tokens.safetensors"), "--samples", str(SAMPLES)]
         command += ["--sequence-length", str(LENGTH), "--batch-size", str(BATCH)]
     code, peaks, seconds, limiter = run(command, limit)
@@ -170,7 +178,7 @@ def write(folder: Path, readings: list[Reading], imported: int, environment: dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 32, 112])
-    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["rtn", "gptq"])
     parser.add_argument("--report", type=Path, default=Path("reports/memory"))
     parser.add_argument(
         "--work", type=Path, help="where the models are written; needs twice the largest model"
