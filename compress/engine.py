@@ -159,7 +159,7 @@ def plan(
     folder = Target(out or RUNS_FOLDER / source.path.resolve().name, "compress.json" if single else PLAN_FILE)
     folder.claim()
     run = _circumstances(recipe, reporter)
-    _check_texts(recipe, run)
+    _check_texts(recipe, source, run)
     _check_bench(recipe, source)
     text = run.calibration.text if run.calibration is not None else None
     examine(
@@ -327,10 +327,17 @@ def _device(asked: str) -> Device:
     return "cuda" if asked == "cuda" or (asked == "auto" and available) else "cpu"
 
 
-def _check_texts(recipe: Recipe, run: Run) -> None:
+def _check_texts(recipe: Recipe, source: Artifact, run: Run) -> None:
     from compress.data import calibration, corpora
+    from compress.models.positions import positions
 
     if run.calibration is not None:
+        room, wanted = positions(source.config), run.calibration.sequence_length
+        if room is not None and wanted > room:
+            raise PlanError(
+                f"calibration sequences of {wanted} tokens are longer than the model's {room} positions",
+                f"set data.sequence_length to at most {room} (--sequence-length {room})",
+            )
         calibration.check(run.calibration)
     if recipe.bench is not None:
         if recipe.data.eval is None:

@@ -327,6 +327,17 @@ def test_a_method_that_wants_data_is_refused_without(
     refused(place, capsys, command, 5, "calibration")
 
 
+def test_sequences_longer_than_the_model_are_refused(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = place.folder / "text.txt"
+    text.write_text("once upon a time " * 2000)
+    command = ["quantize", "gptq", str(place.model), "--out", str(place.out), "--group-size", "16"]
+    command += ["--calibration", str(text), "--sequence-length", "100000"]
+    said = refused(place, capsys, command, 5, "100000 tokens are longer than the model's")
+    assert "--sequence-length" in said
+
+
 @pytest.mark.parametrize("kind", ["folder", "file", "working folder"])
 def test_what_is_not_ours_is_not_touched(place: Place, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     place.out.parent.mkdir()

@@ -21,6 +21,7 @@ from compress.core.artifact import Artifact
 from compress.core.errors import CompressError, DataError, UsageError
 from compress.data.corpora import Documents
 from compress.models.load import tokenizer as load_tokenizer
+from compress.models.positions import positions as model_positions
 from compress.models.tasks import Task
 
 ENCODER_LENGTH: Final = 512
@@ -126,11 +127,11 @@ def prepare(artifact: Artifact, task: Task, documents: Documents, options: Optio
     labels = None
     scored = Sequences()
     if task.generates:
-        scored = sequences(tokenizer, documents, options, _positions(artifact.config))
+        scored = sequences(tokenizer, documents, options, model_positions(artifact.config))
         listed, protocol = scored.tokens, scored.protocol
     else:
         length = min(
-            _positions(artifact.config) or ENCODER_LENGTH, ENCODER_LENGTH, tokenizer.model_max_length
+            model_positions(artifact.config) or ENCODER_LENGTH, ENCODER_LENGTH, tokenizer.model_max_length
         )
         texts = documents.texts[: options.documents]
         listed = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
@@ -172,7 +173,7 @@ def _prompts(tokens: torch.Tensor, batch: int, length: int) -> torch.Tensor:
 
 
 def _prompt_length(artifact: Artifact, task: Task, options: Options) -> int:
-    positions = _positions(artifact.config)
+    positions = model_positions(artifact.config)
     if positions is None:
         return options.prompt_length
     room = positions - (options.new_tokens + 1 if task.generates else 0)
@@ -214,15 +215,6 @@ def _identity(tokenizer: Any) -> str:
     """A hash of what a tokenizer knows, however its files are written."""
     words = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()
-
-
-def _positions(config: Mapping[str, Any]) -> int | None:
-    for part in (config, config.get("text_config") or {}):
-        for key in ("max_position_embeddings", "n_positions"):
-            value = part.get(key)
-            if isinstance(value, int) and value > 0:
-                return value
-    return None
 
 
 def _vocabulary(config: Mapping[str, Any]) -> int:

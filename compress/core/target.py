@@ -43,6 +43,10 @@ class Target:
             TargetError: a file, or a folder with contents that we did not make.
             EnvironmentFault: no permission to write there.
         """
+        if not self.path.name:
+            raise TargetError(
+                f"'{self.path}' has no name of its own", "give another --out, such as out/first"
+            )
         if self.path.exists() and not self.path.is_dir():
             raise TargetError(
                 f"{self.path} is a file, expected a folder for the result", "give another --out"

@@ -18,12 +18,12 @@ import torch
 from compress.bench.metrics import Subject
 from compress.core.errors import DataError, ModelError
 from compress.models.load import tokenizer as load_tokenizer
+from compress.models.positions import positions
 
 DEFAULT_LENGTH: Final = 2_048
 """Tokens of context where neither the configuration nor the tokenizer says how many."""
 DELIMITER: Final = " "
 """Between a context and its continuation."""
-_LENGTH_KEYS: Final = ("n_positions", "max_position_embeddings", "n_ctx")
 _LOGIT_BYTES: Final = 2**28
 """Logits of one forward pass that are wanted at once; a single sequence may take more."""
 
@@ -189,12 +189,9 @@ def _likelihood(logits: torch.Tensor, wanted: list[int]) -> Likelihood:
 
 
 def _longest(config: Any, tokenizer: Any) -> int:
-    # The text part of a model of several kinds says it in a configuration of its own.
-    part = config.get("text_config") or config
-    for key in _LENGTH_KEYS:
-        value = part.get(key)
-        if isinstance(value, int) and value > 0:
-            return value
+    known = positions(config)
+    if known is not None:
+        return known
     length = int(tokenizer.model_max_length)
     # A tokenizer that knows no limit says a number beyond all models.
     return length if 0 < length < 10**9 else DEFAULT_LENGTH
