@@ -357,6 +357,7 @@ class _Experiment:
             "material": str(self.materials[arm.artifact.path][0]),
             "reference": str(reference.artifact.path.resolve()) if reference else None,
             "reference_runtime": reference.runtime if reference else None,
+            "cgroup": f"compress-bench-{os.getpid()}" if stage is Stage.MEMORY else None,
             "stored": (reference or arm) is self.arms[0] and stage is Stage.SCORING,
         }
         reply = self.runner(request, stage=named, time_limit=self.options.time_limit, threads=self.threads)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from compress.bench import cgroup
 from compress.bench.results import Fault
 
 WORKER: Final = (sys.executable, "-m", "compress.bench.worker")
@@ -86,6 +87,8 @@ def run(
                 # Also when we ourselves are interrupted: nothing may go on running behind.
                 if process.poll() is None:
                     _kill(process)
+                if request.get("cgroup") is not None:
+                    cgroup.remove(request["cgroup"])
         if late:
             return Reply(fault=Fault(stage=stage, kind="timed-out", message=f"no end after {time_limit:g} s"))
         return _judged(process.returncode, answer, words, stage)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compress.bench import cgroup
 from compress.core.errors import CompressError
 
 
@@ -23,6 +24,10 @@ def main() -> None:
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     request = json.load(sys.stdin)
     reply = Path(sys.argv[1])
+    if request.get("cgroup") is not None:
+        # Before torch is imported, so that its memory counts too.
+        entered = cgroup.enter(request["cgroup"])
+        request["charged" if isinstance(entered, Path) else "uncharged"] = str(entered)
     # Other libraries' warnings are not for the reader of a report.
     warnings.simplefilter("ignore")
     document = answer(request)
@@ -45,7 +50,8 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         request: ``artifact``, ``runtime``, ``task``, ``stage``, ``metrics``, ``device``, ``threads``,
             ``options``, ``material`` (path), for a comparison ``reference`` (path) and
             ``reference_runtime``, and ``stored``: whether the options' file of log-probabilities is of the
-            reference, or without one of the artifact itself.
+            reference, or without one of the artifact itself. Of a process of its own also ``charged``, the
+            folder of its cgroup, or ``uncharged``, why it has none.
 
     Returns:
         ``measurements`` and ``facts``; or ``unavailable``, a reason; or ``error`` with kind and message.
@@ -122,6 +128,8 @@ def _measured(request: Mapping[str, Any]) -> dict[str, Any]:
         material=material,
         load_seconds=seconds,
         baseline=baseline,
+        charged=request.get("charged"),
+        uncharged=request.get("uncharged", "the model ran in the process that asked"),
     )
     measurements: dict[str, Any] = {}
     for name in request["metrics"]:

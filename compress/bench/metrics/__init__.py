@@ -104,6 +104,8 @@ class Subject:
         material: tokens and labels; not there at the stage ``files``.
         load_seconds: what loading took.
         baseline: memory of the process before the model was loaded, bytes by kind.
+        charged: folder of the process's own memory cgroup.
+        uncharged: why it has none.
         memo: what one metric computed and another may read, so that a text is run through once.
     """
 
@@ -117,6 +119,8 @@ class Subject:
     material: "Material | None" = None
     load_seconds: float = 0.0
     baseline: Mapping[str, int] | None = None
+    charged: str | None = None
+    uncharged: str = ""
     memo: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property

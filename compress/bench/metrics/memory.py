@@ -2,7 +2,8 @@
 
 Read after decoding (or encoding) at the timed shape, in a process that did nothing else. Anonymous memory
 is what the process owns; file-backed memory are mapped weights that the system may drop and read again.
-What the imports alone need is told apart, or small models would all look alike.
+What the imports alone need is told apart, or small models would all look alike. Where a cgroup may be made,
+its peak says what a container would need, page cache included.
 """
 
 import re
@@ -12,6 +13,7 @@ from typing import Final, final
 
 import torch
 
+from compress.bench.cgroup import peak_bytes
 from compress.bench.metrics import Metric, Quantity, Stage, Subject
 from compress.bench.metrics.decode import decoded
 from compress.core.measurement import Measurement
@@ -20,6 +22,7 @@ PEAK = Quantity("memory.peak_bytes", "peak memory", "B", "lower")
 ABOVE_IMPORTS = Quantity("memory.peak_above_imports_bytes", "peak memory above imports", "B", "lower")
 ANONYMOUS = Quantity("memory.anonymous_bytes", "anonymous memory", "B", "lower", shown=False)
 FILE_BACKED = Quantity("memory.file_backed_bytes", "file-backed memory", "B", "lower", shown=False)
+CHARGED = Quantity("memory.cgroup_peak_bytes", "peak of a memory cgroup", "B", "lower", shown=False)
 WEIGHTS = Quantity("memory.weight_bytes", "weights in memory", "B", "lower")
 ALLOCATED = Quantity("memory.device_allocated_bytes", "GPU memory allocated", "B", "lower")
 RESERVED = Quantity("memory.device_reserved_bytes", "GPU memory reserved", "B", "lower", shown=False)
@@ -34,7 +37,7 @@ class Memory(Metric):
 
     title = "memory"
     stage = Stage.MEMORY
-    quantities = (PEAK, ABOVE_IMPORTS, ANONYMOUS, FILE_BACKED, WEIGHTS, ALLOCATED, RESERVED)
+    quantities = (PEAK, ABOVE_IMPORTS, ANONYMOUS, FILE_BACKED, CHARGED, WEIGHTS, ALLOCATED, RESERVED)
 
     def measure(self, subject: Subject) -> dict[str, Measurement]:
         """After one pass over the timed shape."""
@@ -52,6 +55,7 @@ class Memory(Metric):
             found[quantity.name] = _known(quantity, now.get(kind), shape)
         above = now["peak"] - before["resident"] if "peak" in now and "resident" in before else None
         found[ABOVE_IMPORTS.name] = _known(ABOVE_IMPORTS, above, shape)
+        found[CHARGED.name] = _charged(subject, shape)
         found[WEIGHTS.name] = WEIGHTS.exact(session.facts["weight_bytes"])
         on_cuda = str(session.facts.get("device", "")).startswith("cuda")
         for quantity, read in (
@@ -67,6 +71,15 @@ def _known(quantity: Quantity, value: int | None, shape: Mapping[str, int]) -> M
     if value is None:
         return quantity.missing(f"{_STATUS} does not say it on this system")
     return quantity.exact(value, shape)
+
+
+def _charged(subject: Subject, shape: Mapping[str, int]) -> Measurement:
+    if subject.charged is None:
+        return CHARGED.missing(subject.uncharged)
+    peak = peak_bytes(Path(subject.charged))
+    return (
+        CHARGED.missing("the cgroup does not tell its peak") if peak is None else CHARGED.exact(peak, shape)
+    )
 
 
 def host_memory() -> dict[str, int]:
