@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from compress.bench.metrics._timing import Shape
 from compress.bench.options import Options
 from compress.bench.protocols import Sequences, sequences
 from compress.core.artifact import Artifact
@@ -95,6 +96,11 @@ class Material:
             bytes=columns["bytes"],
         )
 
+    def prompts_of(self, batch: int, length: int) -> torch.Tensor:
+        """Prompts of another shape, int64 ``[batch, length]``, from the same tokens."""
+        tokens = torch.cat(self.sequences) if self.sequences else self.prompts.flatten()
+        return _prompts(tokens, batch, length)
+
     def batches(self, most: int) -> list[list[int]]:
         """Numbers of the sequences in batches of equal length, so that nothing is padded."""
         by_length: dict[int, list[int]] = {}
@@ -173,10 +179,21 @@ def _prompts(tokens: torch.Tensor, batch: int, length: int) -> torch.Tensor:
 
 
 def _prompt_length(artifact: Artifact, task: Task, options: Options) -> int:
+    """The length of the timed prompts, shortened to what the model takes; further shapes are not.
+
+    Raises:
+        UsageError: there is no room for a prompt, or for one of a further shape.
+    """
     positions = model_positions(artifact.config)
     if positions is None:
         return options.prompt_length
     room = positions - (options.new_tokens + 1 if task.generates else 0)
+    for shape in options.shapes:
+        if Shape.of(shape).length > room:
+            raise UsageError(
+                f"the shape {shape} is longer than the {room} tokens that {artifact.path.name} takes",
+                "give a shorter prompt, or fewer new tokens",
+            )
     if room < 1:
         raise UsageError(
             f"{options.new_tokens} new tokens leave no room for a prompt in {positions} positions",

@@ -41,6 +41,10 @@ class Options(BaseModel):
     repeats: PositiveInt = Field(default=3, description="timed iterations in each launch, after a warm-up")
     batch_size: PositiveInt = Field(default=1, description="sequences at once while timing")
     prompt_length: PositiveInt = Field(default=128, description="tokens of each timed prompt")
+    shapes: tuple[str, ...] = Field(
+        default=(),
+        description="further shapes to time, BATCHxPROMPT such as 8x512, beside batch size and prompt length",
+    )
     new_tokens: PositiveInt = Field(default=32, description="tokens that are decoded, never fewer")
     protocol: Literal["windows", "documents", "llama.cpp", "lm-eval"] = Field(
         default="windows",

@@ -271,6 +271,29 @@ def test_an_encoder_has_its_own_quantities(tmp_path: Path, text: Path) -> None:
     assert found.exit_code == 0
 
 
+def test_speed_is_taken_at_further_shapes(before: Path, after: Path, text: Path, tmp_path: Path) -> None:
+    options = {**SMALL, "shapes": ("2x4", "3x6")}
+    gate = {"metric": "decode.3x6.tokens_per_second", "test": "non-inferiority", "margin": "99.9%"}
+    found = compare(before, [after], tmp_path, str(text), options=options, gates=[gate], runner=in_process)
+    measured = found.arm("after@torch-eager").measurements
+    assert measured["decode.tokens_per_second"].conditions["batch"] == 1
+    shape = {"batch": 3, "prompt": 6, "new": 2, "launches": 2}
+    assert measured["decode.3x6.tokens_per_second"].conditions == shape
+    assert measured["prefill.2x4.tokens_per_second"].value is not None
+    assert found.judgements[0].verdict != "INVALID"
+    assert "3x6, decode" in plain(found, width=160)
+
+
+@pytest.mark.parametrize(("shape", "message"), [("2*4", "is no shape"), ("1x100000", "is longer than")])
+def test_a_shape_that_cannot_be_is_refused(
+    before: Path, after: Path, text: Path, tmp_path: Path, shape: str, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        compare(
+            before, [after], tmp_path, str(text), options={**SMALL, "shapes": (shape,)}, runner=in_process
+        )
+
+
 def fabricated(rates: Any) -> Any:
     """A runner that measures nothing: ``rates(artifact, launch)`` are the samples of a launch."""
 

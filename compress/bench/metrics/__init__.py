@@ -173,11 +173,13 @@ def names() -> tuple[str, ...]:
 
 @cache
 def find(name: str) -> Metric:
-    """The metric in a file: ``perplexity``, or with a source of examples ``suite:lm_tasks/piqa.jsonl.gz``.
+    """The metric in a file: ``perplexity``, or with a source of examples ``suite:lm_tasks/piqa.jsonl.gz``,
+    or at a further shape ``decode:8x512``.
 
     Raises:
         PlanError: the file breaks the contract: one metric, whose quantities carry the file's name.
         DataError: the source cannot be read.
+        UsageError: the source is a shape, and spells none.
     """
     stem, _, source = name.partition(":")
     module = importlib.import_module(f"{__name__}.{stem}")
@@ -196,10 +198,10 @@ def find(name: str) -> Metric:
 
 
 def metrics_of(task: "Task", options: Options) -> tuple[str, ...]:
-    """The metrics of an experiment: the task's, and one for each suite.
+    """The metrics of an experiment: the task's, the timed ones for each further shape, one for each suite.
 
     Raises:
-        UsageError: two suites have the same name.
+        UsageError: two suites have the same name, or what should be a shape is none.
         DataError: a suite cannot be read.
     """
     named: dict[str, str] = {}
@@ -211,7 +213,15 @@ def metrics_of(task: "Task", options: Options) -> tuple[str, ...]:
             )
         named[name] = source
         read_suite(source, limit=options.suite_limit)
-    return (*task.metrics, *(f"suite:{source}" for source in named.values()))
+    shaped = [
+        f"{name}:{shape}"
+        for shape in dict.fromkeys(options.shapes)
+        for name in task.metrics
+        if find(name).stage is Stage.TIMING and any("*" in each.name for each in type(find(name)).quantities)
+    ]
+    for name in shaped:
+        find(name)
+    return (*task.metrics, *shaped, *(f"suite:{source}" for source in named.values()))
 
 
 def quantities(metrics: Iterable[str]) -> dict[str, Quantity]:
@@ -228,7 +238,7 @@ def described(measured: Iterable[str], metrics: Iterable[str]) -> dict[str, Quan
     """
     asked = list(dict.fromkeys(measured))
     found = {}
-    for quantity in quantities(metrics).values():
+    for quantity in (each for name in metrics for each in type(find(name)).quantities):
         head, star, tail = quantity.name.partition("*")
         for name in asked:
             if name == quantity.name or (star and name.startswith(head) and name.endswith(tail)):

@@ -3,24 +3,34 @@
 from typing import final
 
 from compress.bench.metrics import Metric, Quantity, Stage, Subject
-from compress.bench.metrics._timing import timed
+from compress.bench.metrics._timing import Shape, prompts_at, timed
 from compress.core.measurement import Measurement
 from compress.runtimes import Generation, Session
 
 RATE = Quantity("decode.tokens_per_second", "decode", "token/s", "higher")
+SHAPED = Quantity("decode.*.tokens_per_second", "decode", "token/s", "higher")
 
 
 @final
 class Decode(Metric):
-    """New tokens a second, over all sequences of the batch; the prompt's reading is outside the clock."""
+    """New tokens a second, over all sequences of the batch; the prompt's reading is outside the clock.
+
+    Args:
+        shape: a further shape, ``8x512``; without one, the experiment's own.
+    """
 
     title = "decode throughput"
     stage = Stage.TIMING
-    quantities = (RATE,)
+    quantities: tuple[Quantity, ...] = (RATE, SHAPED)
+
+    def __init__(self, shape: str = "") -> None:
+        self._shape = Shape.of(shape) if shape else None
+        self.quantities = (SHAPED.of(shape) if shape else RATE,)
 
     def measure(self, subject: Subject) -> dict[str, Measurement]:
         """A fixed number of steps from the same prompt, after a warm-up on the same shape."""
-        session, prompts, steps = subject.running, subject.given.prompts, subject.options.new_tokens
+        session, steps = subject.running, subject.options.new_tokens
+        prompts, rate = prompts_at(subject, self._shape), self.quantities[0]
         decoded(session, session.prefill(prompts), steps)
         rates = []
         for _ in range(subject.options.repeats):
@@ -28,10 +38,10 @@ class Decode(Metric):
             seconds, end = timed(session, lambda start=start: decoded(session, start, steps))  # type: ignore[misc]
             written = end.length - start.length
             if written != steps:
-                return {RATE.name: RATE.missing(f"wrote {written} tokens instead of {steps}")}
+                return {rate.name: rate.missing(f"wrote {written} tokens instead of {steps}")}
             rates.append(steps * prompts.shape[0] / seconds)
         shape = {"batch": prompts.shape[0], "prompt": prompts.shape[1], "new": steps}
-        return {RATE.name: RATE.sampled(rates, "geometric-mean", conditions=shape)}
+        return {rate.name: rate.sampled(rates, "geometric-mean", conditions=shape)}
 
 
 def decoded(session: Session, state: Generation, steps: int) -> Generation:
