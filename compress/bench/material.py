@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from compress.bench.metrics._timing import Shape
+from compress.bench.metrics._throughput import Shape
 from compress.bench.options import Options
 from compress.bench.protocols import Sequences, sequences
 from compress.core.artifact import Artifact

@@ -1,47 +1,41 @@
 """How fast text is written, token after token."""
 
-from typing import final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, final
 
-from compress.bench.metrics import Metric, Quantity, Stage, Subject
-from compress.bench.metrics._timing import Shape, prompts_at, timed
-from compress.core.measurement import Measurement
+from compress.bench.metrics import Subject
+from compress.bench.metrics._throughput import Throughput, rates_of, timed
 from compress.runtimes import Generation, Session
 
-RATE = Quantity("decode.tokens_per_second", "decode", "token/s", "higher")
-SHAPED = Quantity("decode.*.tokens_per_second", "decode", "token/s", "higher")
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @final
-class Decode(Metric):
-    """New tokens a second, over all sequences of the batch; the prompt's reading is outside the clock.
-
-    Args:
-        shape: a further shape, ``8x512``; without one, the experiment's own.
-    """
+class Decode(Throughput):
+    """New tokens a second, over all sequences of the batch; the prompt's reading is outside the clock."""
 
     title = "decode throughput"
-    stage = Stage.TIMING
-    quantities: tuple[Quantity, ...] = (RATE, SHAPED)
+    quantities = rates_of("decode", "token/s")
 
-    def __init__(self, shape: str = "") -> None:
-        self._shape = Shape.of(shape) if shape else None
-        self.quantities = (SHAPED.of(shape) if shape else RATE,)
-
-    def measure(self, subject: Subject) -> dict[str, Measurement]:
-        """A fixed number of steps from the same prompt, after a warm-up on the same shape."""
+    def iteration(self, subject: Subject, prompts: "Tensor") -> Callable[[], tuple[int, float]]:
+        """A fixed number of steps from the same prompt."""
         session, steps = subject.running, subject.options.new_tokens
-        prompts, rate = prompts_at(subject, self._shape), self.quantities[0]
-        decoded(session, session.prefill(prompts), steps)
-        rates = []
-        for _ in range(subject.options.repeats):
+
+        def write() -> tuple[int, float]:
             start = session.prefill(prompts)
-            seconds, end = timed(session, lambda start=start: decoded(session, start, steps))  # type: ignore[misc]
-            written = end.length - start.length
-            if written != steps:
-                return {rate.name: rate.missing(f"wrote {written} tokens instead of {steps}")}
-            rates.append(steps * prompts.shape[0] / seconds)
-        shape = {"batch": prompts.shape[0], "prompt": prompts.shape[1], "new": steps}
-        return {rate.name: rate.sampled(rates, "geometric-mean", conditions=shape)}
+            seconds, end = timed(session, lambda: decoded(session, start, steps))
+            return (end.length - start.length) * prompts.shape[0], seconds
+
+        return write
+
+    def amount(self, subject: Subject, prompts: "Tensor") -> int:
+        """New tokens of all sequences: an output that ends early is no measurement."""
+        return subject.options.new_tokens * prompts.shape[0]
+
+    def conditions(self, subject: Subject, prompts: "Tensor") -> dict[str, Any]:
+        """Batch, prompt and new tokens."""
+        return {"batch": prompts.shape[0], "prompt": prompts.shape[1], "new": subject.options.new_tokens}
 
 
 def decoded(session: Session, state: Generation, steps: int) -> Generation:

@@ -1,39 +1,36 @@
 """How fast an encoder or a classifier takes texts in."""
 
-from typing import final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, final
 
-from compress.bench.metrics import Metric, Quantity, Stage, Subject
-from compress.bench.metrics._timing import Shape, prompts_at, timed
-from compress.core.measurement import Measurement
+from compress.bench.metrics import Subject
+from compress.bench.metrics._throughput import Throughput, rates_of, timed
 
-RATE = Quantity("encode.sequences_per_second", "encode", "sequence/s", "higher")
-SHAPED = Quantity("encode.*.sequences_per_second", "encode", "sequence/s", "higher")
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @final
-class Encode(Metric):
-    """Sequences a second, all of the same length.
-
-    Args:
-        shape: a further shape, ``8x512``; without one, the experiment's own.
-    """
+class Encode(Throughput):
+    """Sequences a second, all of the same length."""
 
     title = "encoding throughput"
-    stage = Stage.TIMING
-    quantities: tuple[Quantity, ...] = (RATE, SHAPED)
+    quantities = rates_of("encode", "sequence/s")
 
-    def __init__(self, shape: str = "") -> None:
-        self._shape = Shape.of(shape) if shape else None
-        self.quantities = (SHAPED.of(shape) if shape else RATE,)
+    def iteration(self, subject: Subject, prompts: "Tensor") -> Callable[[], tuple[int, float]]:
+        """One whole batch."""
+        session = subject.running
 
-    def measure(self, subject: Subject) -> dict[str, Measurement]:
-        """Whole batches, after a warm-up on the same shape."""
-        session, prompts = subject.running, prompts_at(subject, self._shape)
-        rate = self.quantities[0]
-        session.outputs(prompts)
-        rates = []
-        for _ in range(subject.options.repeats):
-            seconds, _ = timed(session, lambda: session.outputs(prompts))
-            rates.append(prompts.shape[0] / seconds)
-        shape = {"batch": prompts.shape[0], "length": prompts.shape[1]}
-        return {rate.name: rate.sampled(rates, "geometric-mean", conditions=shape)}
+        def take_in() -> tuple[int, float]:
+            seconds, outputs = timed(session, lambda: session.outputs(prompts))
+            return outputs.shape[0], seconds
+
+        return take_in
+
+    def amount(self, subject: Subject, prompts: "Tensor") -> int:
+        """Sequences of the batch."""
+        return prompts.shape[0]
+
+    def conditions(self, subject: Subject, prompts: "Tensor") -> dict[str, Any]:
+        """Batch and length."""
+        return {"batch": prompts.shape[0], "length": prompts.shape[1]}

@@ -1,39 +1,36 @@
 """How fast a prompt is read."""
 
-from typing import final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, final
 
-from compress.bench.metrics import Metric, Quantity, Stage, Subject
-from compress.bench.metrics._timing import Shape, prompts_at, timed
-from compress.core.measurement import Measurement
+from compress.bench.metrics import Subject
+from compress.bench.metrics._throughput import Throughput, rates_of, timed
 
-RATE = Quantity("prefill.tokens_per_second", "prefill", "token/s", "higher")
-SHAPED = Quantity("prefill.*.tokens_per_second", "prefill", "token/s", "higher")
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @final
-class Prefill(Metric):
-    """Prompt tokens a second, over all sequences of the batch.
-
-    Args:
-        shape: a further shape, ``8x512``; without one, the experiment's own.
-    """
+class Prefill(Throughput):
+    """Prompt tokens a second, over all sequences of the batch."""
 
     title = "prefill throughput"
-    stage = Stage.TIMING
-    quantities: tuple[Quantity, ...] = (RATE, SHAPED)
+    quantities = rates_of("prefill", "token/s")
 
-    def __init__(self, shape: str = "") -> None:
-        self._shape = Shape.of(shape) if shape else None
-        self.quantities = (SHAPED.of(shape) if shape else RATE,)
+    def iteration(self, subject: Subject, prompts: "Tensor") -> Callable[[], tuple[int, float]]:
+        """One reading of whole prompts."""
+        session = subject.running
 
-    def measure(self, subject: Subject) -> dict[str, Measurement]:
-        """Whole prompts, after a warm-up on the same shape."""
-        session, prompts = subject.running, prompts_at(subject, self._shape)
-        rate = self.quantities[0]
-        session.prefill(prompts)
-        rates = []
-        for _ in range(subject.options.repeats):
-            seconds, _ = timed(session, lambda: session.prefill(prompts))
-            rates.append(prompts.numel() / seconds)
-        shape = {"batch": prompts.shape[0], "prompt": prompts.shape[1]}
-        return {rate.name: rate.sampled(rates, "geometric-mean", conditions=shape)}
+        def read() -> tuple[int, float]:
+            seconds, state = timed(session, lambda: session.prefill(prompts))
+            return state.length * prompts.shape[0], seconds
+
+        return read
+
+    def amount(self, subject: Subject, prompts: "Tensor") -> int:
+        """All tokens of the prompts."""
+        return prompts.numel()
+
+    def conditions(self, subject: Subject, prompts: "Tensor") -> dict[str, Any]:
+        """Batch and prompt."""
+        return {"batch": prompts.shape[0], "prompt": prompts.shape[1]}

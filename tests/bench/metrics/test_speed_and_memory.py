@@ -75,7 +75,7 @@ def test_prefill_and_decode_are_apart_and_warmed_up(tmp_path: Path) -> None:
 def test_a_shortened_output_is_no_speed(tmp_path: Path) -> None:
     given = subject(Counting(gives_up_after=8), tmp_path)
     decode = find("decode").measure(given)["decode.tokens_per_second"]
-    assert decode.reason == "wrote 3 tokens instead of 5"
+    assert decode.reason == "gave 6 instead of 10 (token/s)"
 
 
 def test_encoding_counts_sequences(tmp_path: Path) -> None:
