@@ -33,7 +33,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     # The paper's method alone: what a deep model takes in minutes.
     "gptq-plain": ("gptq", "--clip", "none", "--no-signed-scales", "--refinement", "0"),
 }
-CGROUP = Path("/sys/fs/cgroup/memory") / "compress-memory-benchmark"
+CGROUP = Path("/sys/fs/cgroup/memory") / f"compress-memory-benchmark-{os.getpid()}"
 IMPORTS = "import torch, transformers, accelerate, compressed_tensors, scipy, compress.sweep.quantization"
 
 
@@ -117,7 +117,7 @@ def import_bytes() -> int:
     return int(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout) * 1024
 
 
-def measure(method: str, layers: int, work: Path, imported: int) -> Reading:
+def measure(method: str, layers: int, work: Path, imported: int, threads: int) -> Reading:
     model, out = work / f"model-{layers}", work / f"out-{method}-{layers}"
     size = (
         write_model(model, configuration(layers), torch.float32)
@@ -129,7 +129,7 @@ def measure(method: str, layers: int, work: Path, imported: int) -> Reading:
     activations = 4 * SAMPLES * LENGTH * HIDDEN if name == "gptq" else 0
     limit = imported + 3 * block_bytes() + embeddings + activations
     command = [sys.executable, "-m", "compress", "quantize", name, str(model), "--out", str(out), "--quiet"]
-    command += settings
+    command += ["--threads", str(threads), *settings]
     if name == "gptq":
         command += ["--calibration", str(work / "tokens.safetensors"), "--samples", str(SAMPLES)]
         command += ["--sequence-length", str(LENGTH), "--batch-size", str(BATCH)]
@@ -179,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 32, 112])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["rtn", "gptq"])
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--report", type=Path, default=Path("reports/memory"))
     parser.add_argument(
         "--work", type=Path, help="where the models are written; needs twice the largest model"
@@ -189,6 +190,7 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpus": str(os.cpu_count()),
+        "threads": str(arguments.threads),
     }
     imported = import_bytes()
     readings: list[Reading] = []
@@ -197,7 +199,7 @@ def main() -> None:
         save_file({"input_ids": torch.randint(3, VOCABULARY, (SAMPLES, LENGTH))}, work / "tokens.safetensors")
         for layers in arguments.layers:
             for method in arguments.methods:
-                readings.append(measure(method, layers, work, imported))
+                readings.append(measure(method, layers, work, imported, arguments.threads))
                 print(readings[-1], flush=True)
                 # After each, so that what took an hour outlives what comes after it.
                 write(arguments.report, readings, imported, environment)

@@ -73,9 +73,7 @@ class Throughput(Metric):
             done, seconds = iterate()
             wanted = self.amount(subject, prompts)
             if done != wanted:
-                return {
-                    rate.name: rate.missing(f"did {done} {rate.unit.partition('/')[0]}s instead of {wanted}")
-                }
+                return {rate.name: rate.missing(f"gave {done} instead of {wanted} ({rate.unit})")}
             rates.append(done / seconds)
         conditions = self.conditions(subject, prompts)
         return {rate.name: rate.sampled(rates, "geometric-mean", conditions=conditions)}
