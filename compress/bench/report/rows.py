@@ -111,7 +111,7 @@ def change(effect: Effect) -> str:
     point = f"{100 * (effect.point - 1):+.1f}%"
     if effect.low is None or effect.high is None or effect.low == effect.high:
         return point
-    seen = "" if effect.detectable is None else f"; shows {100 * effect.detectable:.2g}%"
+    seen = "" if effect.detectable is None else f"; shows {100 * effect.detectable:.3g}%"
     return f"{point}, {100 * (effect.low - 1):+.1f} to {100 * (effect.high - 1):+.1f}{seen}"
 
 
