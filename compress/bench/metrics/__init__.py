@@ -241,6 +241,9 @@ def described(measured: Iterable[str], metrics: Iterable[str]) -> dict[str, Quan
     for quantity in (each for name in metrics for each in type(find(name)).quantities):
         head, star, tail = quantity.name.partition("*")
         for name in asked:
-            if name == quantity.name or (star and name.startswith(head) and name.endswith(tail)):
-                found[name] = quantity.of(name.removeprefix(head).removesuffix(tail)) if star else quantity
+            if not star and name == quantity.name:
+                found[name] = quantity
+            # The source lies between the two, and neither of them in the other.
+            elif star and len(name) > len(head) + len(tail) and name.startswith(head) and name.endswith(tail):
+                found[name] = quantity.of(name[len(head) : len(name) - len(tail)])
     return found

@@ -30,3 +30,13 @@ def test_gates_options_and_results_need_no_torch() -> None:
         "raise SystemExit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_names_of_results_are_described_by_their_templates() -> None:
+    names = ["decode.8x512.tokens_per_second", "decode.tokens_per_second", "suite.piqa.accuracy"]
+    found = metrics.described(names, ["decode", "suite"])
+    assert {name: quantity.title for name, quantity in found.items()} == {
+        "decode.tokens_per_second": "decode",
+        "decode.8x512.tokens_per_second": "8x512, decode",
+        "suite.piqa.accuracy": "piqa, accuracy",
+    }
