@@ -199,9 +199,11 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     os.mkfifo(recipe)
     code = (
-        "import sys\n"
+        "import signal, sys\n"
         "from pathlib import Path\n"
         "from compress.cli import app\n"
+        # What starts the tests may have had interrupts ignored, and that is inherited.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "Path.is_file = lambda self: True\n"
         f"print('ready', flush=True)\nsys.exit(app.main(['run', {str(recipe)!r}]))\n"
     )
