@@ -205,7 +205,8 @@ class _Experiment:
         if not (lengthened or rounds):
             return False
         self.looks += 1
-        runs = len(self.arms) * rounds + (len(self.arms) if lengthened else 0)
+        scored = sum(arm.role != "again" for arm in self.arms) if lengthened else 0
+        runs = len(self.arms) * rounds + scored
         title = f"look {self.looks} of at most {self.options.looks}, at undecided gates"
         with self.reporter.progress(title, runs, "run") as advance:
             if lengthened:

@@ -7,10 +7,12 @@ calibrate a model on noise.
 import codecs
 import difflib
 import gzip
+import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from compress.core.errors import DataError, EnvironmentFault
 
@@ -141,3 +143,21 @@ def _regular(file: Path) -> Path:
             "a text is read more than once: save it to a file",
         )
     return file
+
+
+def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
+    """The values of a file of JSON lines with their line numbers, from 1; empty lines are passed over.
+
+    Raises:
+        DataError: a line is not JSON.
+    """
+    for number, line in enumerate(lines(file), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except ValueError as error:
+            hint = "one JSON object a line is expected"
+            if number == 1 and line.lstrip().startswith("["):
+                hint = f"this is one JSON array; make it lines: jq -c '.[]' {file.name}"
+            raise DataError(f"{file} line {number} is not JSON: {error}", hint) from error

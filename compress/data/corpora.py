@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 from compress.core.artifact import file_digest
 from compress.core.errors import DataError, UsageError, did_you_mean
-from compress.data.bytestreams import characters, check_readable, lines, near_names
+from compress.data.bytestreams import characters, check_readable, json_lines, lines, near_names
 from compress.data.hub import HubName, hub_records
 
 SEPARATOR = "<|endoftext|>"
@@ -330,16 +330,7 @@ def _records(found: _Located) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(lines(file), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            hint = "one JSON object a line is expected"
-            if number == 1 and line.lstrip().startswith("["):
-                hint = f"this is one JSON array; make it lines: jq -c '.[]' {file.name}"
-            raise DataError(f"{file} line {number} is not JSON: {error}", hint) from error
+    for number, value in json_lines(file):
         if isinstance(value, str):
             value = {TEXT_FIELDS[0]: value}
         if not isinstance(value, dict):

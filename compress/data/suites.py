@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from compress.core.errors import DataError, UsageError
-from compress.data.bytestreams import lines
+from compress.data.bytestreams import json_lines
 
 _SUFFIXES: Final = (".gz", ".jsonl", ".json", ".ndjson")
 _NOT_A_NAME: Final = re.compile(r"[^A-Za-z0-9_-]+")
@@ -167,16 +167,7 @@ def suite_name(source: str | Path) -> str:
 
 
 def _records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for number, line in enumerate(lines(file), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            hint = "one JSON object a line is expected"
-            if number == 1 and line.lstrip().startswith("["):
-                hint = f"this is one JSON array; make it lines: jq -c '.[]' {file.name}"
-            raise DataError(f"{file} line {number} is not JSON: {error}", hint) from error
+    for number, value in json_lines(file):
         if not isinstance(value, dict):
             raise DataError(
                 f"{file} line {number} holds {type(value).__name__}, expected an object", _EXPECTED
