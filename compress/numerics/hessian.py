@@ -183,9 +183,11 @@ class Hessian(Statistic):
     def _factorized(self, places: torch.Tensor, damping: float) -> torch.Tensor | None:
         """The unit lower factor, computed in place in one new matrix; ``None`` where there is none."""
         matrix = self.matrix
-        work = torch.empty_like(matrix)
+        permuted = torch.empty_like(matrix)
         for rows in row_chunks(matrix):
-            work[rows] = matrix[places[rows]][:, places]
+            permuted[rows] = matrix[places[rows]][:, places]
+        # LAPACK works on columns: of the transposed view, which is the same matrix, no copies are made.
+        work = permuted.mT
         diagonal = work.diagonal()
         diagonal.copy_(self.diagonal[places] + damping * self.mean_diagonal)
         failed = torch.empty((), dtype=torch.int32, device=work.device)

@@ -8,6 +8,7 @@ from.
 
 import csv
 import json
+import math
 import shutil
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from compress.formats.shards import shard_name, write_index
 from compress.models.blocks import Block, Reentry, find_blocks
 from compress.models.checkpoint import Checkpoint
 from compress.models.load import tokenizer
+from compress.numerics.feedback import HOST_ROWS
+from compress.numerics.grouping import row_chunks
 from compress.sweep.activations import Activations
 from compress.sweep.collector import Collector, Enough, Shared
 from compress.sweep.matrices import Matrix
@@ -92,7 +95,6 @@ class Sweep:
             self._load_outside()
             for block in blocks:
                 records.append(self._finished(block.name, block.position) or self._block(block, activations))
-                self.checkpoint.release(block.name)
                 return_freed()
                 advance(1)
             records.append(self._finished(OUTSIDE, len(blocks)) or self._outside(activations))
@@ -123,6 +125,8 @@ class Sweep:
             event("block.advance", block=block.name, position=block.position)
             for batch, recording in zip(activations.batches, activations.recordings, strict=True):
                 self._reentry.advance(block.position, batch, recording)
+        # What was rounded is written from its integers: the block's floats have done their work.
+        self.checkpoint.release(block.name)
         return self._finish(block.position, self.checkpoint.names_of(block.name), progress, activations)
 
     def _outside(self, activations: Activations | None) -> UnitRecord:
@@ -165,9 +169,26 @@ class Sweep:
         for shared in stage:
             for label in dict.fromkeys(labels[matrix] for matrix in shared.matrices):
                 alike = [matrix for matrix in shared.matrices if labels[matrix] == label]
-                self._treat_together(alike, shared, label, progress)
+                for together in self._stacks(alike):
+                    self._treat_together(together, shared, label, progress)
+                    return_freed()
             shared.statistic = None
             return_freed()
+
+    def _stacks(self, matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
+        """Matrices that are treated in one call: all on an accelerator, on a CPU as many as it works on.
+
+        A call walks over the columns once for all its rows. A CPU does so `HOST_ROWS` at a time, and more
+        in a call would only stand in memory.
+        """
+        stack: list[Matrix] = []
+        for matrix in matrices:
+            rows = sum(entry.rows for entry in stack) + matrix.rows
+            if stack and self.device.type == "cpu" and rows > HOST_ROWS:
+                yield stack
+                stack = []
+            stack.append(matrix)
+        yield stack
 
     def _treat_together(
         self, matrices: list[Matrix], shared: Shared, label: Hashable, progress: _Progress
@@ -193,9 +214,7 @@ class Sweep:
             for matrix, view in zip(matrices, views, strict=True):
                 part = treated.replacement.rows(start, start + matrix.rows)
                 start += matrix.rows
-                value = part.value().to(view.dtype)
-                error = float(torch.linalg.norm(view - value) / torch.linalg.norm(view).clamp_min(1e-30))
-                view.copy_(value)
+                error = _replace(view, part)
                 progress.results[matrix] = part
                 progress.errors[matrix.name] = error
                 row = {"layer": matrix.name, "rows": matrix.rows, "columns": matrix.columns}
@@ -331,6 +350,18 @@ class Sweep:
             },
         }
         return Outcome(decisions, tensors)
+
+
+def _replace(weight: torch.Tensor, replacement: Replacement) -> float:
+    """Overwrite a weight with its replacement, some rows at a time; the error relative to its norm."""
+    lost, total = 0.0, 0.0
+    for rows in row_chunks(weight):
+        old = weight[rows]
+        new = replacement.rows(rows.start, rows.stop).value().to(old.dtype)
+        lost += float((old - new).square_().sum(dtype=torch.float64))
+        total += float(old.square().sum(dtype=torch.float64))
+        old.copy_(new)
+    return math.sqrt(lost / total) if total > 0 else math.sqrt(lost)
 
 
 def _write_layers(path: Path, rows: list[dict[str, Any]]) -> None:

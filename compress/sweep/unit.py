@@ -18,6 +18,7 @@ from compress.formats.shards import write_shard
 from compress.models.checkpoint import Checkpoint
 from compress.numerics.fingerprint import fingerprint
 from compress.sweep.matrices import Matrix
+from compress.sweep.memory import return_freed
 from compress.sweep.treatment import Replacement, Treatment
 
 
@@ -88,6 +89,7 @@ def encode(
         name = matrix.on_disk[0] if matrix.on_disk else matrix.parameter
         meant = Meant(fingerprint(replacement.value()), True, errors[matrix.name])
         encoded[name] = Encoded(treatment.encode(name, replacement.parts(), labels[matrix]), meant)
+        return_freed()
     for parameter, experts in fused.items():
         parts = [results[matrix].parts() for matrix in experts]
         stacked = {part: torch.stack([entry[part] for entry in parts]) for part in parts[0]}
