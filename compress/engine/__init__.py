@@ -1,0 +1,17 @@
+"""The engine: plan a recipe, run it, resume it, verify what it wrote."""
+
+from compress.engine.execution import RunResult, execute, run
+from compress.engine.inspection import VerificationReport, inspect, verify
+from compress.engine.planning import Plan, PlannedStep, plan
+
+__all__ = [
+    "Plan",
+    "PlannedStep",
+    "RunResult",
+    "VerificationReport",
+    "execute",
+    "inspect",
+    "plan",
+    "run",
+    "verify",
+]

@@ -1,0 +1,279 @@
+"""Planning: everything that can be known before work starts, and the refusal of what cannot work.
+
+A plan is made before anything is written: it looks at the model, walks the chain of facts, asks each pass
+for what it needs, and compares that with the machine.
+"""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from compress.core.artifact import Artifact, Lineage
+from compress.core.errors import EnvironmentFault, PlanError
+from compress.core.events import SILENT, Reporter
+from compress.core.facts import MEANING, Fact
+from compress.core.identity import step_key
+from compress.core.passes import Needs, Pass, name_of
+from compress.core.recipe import Recipe
+from compress.core.run import CalibrationSource, Device, Run
+from compress.core.target import Target
+from compress.engine.steps import finished, step_circumstances, step_target
+
+PLAN_FILE = "compress.plan.json"
+RUNS_FOLDER = Path("runs")
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step of a plan.
+
+    Attributes:
+        use: name of the pass.
+        method: the pass with its options.
+        target: where its artifact goes.
+        key: what it would compute; ``None`` while the step before it has no result yet.
+        done: whether an artifact with this key is there.
+        needs: what it will take; ``None`` where that can only be known once the step before is done.
+    """
+
+    use: str
+    method: Pass
+    target: Target
+    key: str | None
+    done: bool
+    needs: Needs | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe made ready to run on this machine.
+
+    Attributes:
+        recipe: what to do.
+        source: the model.
+        steps: the steps in order.
+        folder: of the whole run.
+        single: whether ``folder`` is the artifact of the last step itself.
+        run: the circumstances that all steps share.
+        reporter: who is told what happens.
+        fresh: whether to start over.
+    """
+
+    recipe: Recipe
+    source: Artifact
+    steps: tuple[PlannedStep, ...]
+    folder: Target
+    single: bool
+    run: Run
+    reporter: Reporter
+    fresh: bool
+
+    @property
+    def already_done(self) -> bool:
+        """Whether every artifact is there."""
+        return all(step.done for step in self.steps)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """One row a step: what it is, whether it is done, what it is predicted to take."""
+        rows = []
+        for step in self.steps:
+            row: dict[str, Any] = {
+                "step": step.use,
+                "target": str(step.target.path),
+                "key": step.key,
+                "done": step.done,
+            }
+            if step.needs is not None and not step.done:
+                row |= {
+                    "disk_bytes": step.needs.disk_bytes,
+                    "host_bytes": step.needs.host_bytes,
+                    "device_bytes": step.needs.device_bytes,
+                    "seconds": step.needs.seconds,
+                }
+            rows.append(row)
+        return rows
+
+
+def plan(
+    recipe: Recipe,
+    out: Path | None = None,
+    *,
+    reporter: Reporter = SILENT,
+    fresh: bool = False,
+    single: bool = False,
+) -> Plan:
+    """Look at everything that can be known before work starts, and refuse what cannot work.
+
+    Args:
+        recipe: what to do.
+        out: folder of the run; below ``runs/`` where none is given.
+        fresh: start over instead of taking up what is there.
+        single: the folder is the artifact of the last step itself; otherwise it holds one folder a step
+            and the report.
+
+    Raises:
+        CompressError: of the kind that fits; nothing has been written.
+    """
+    from compress.models.preflight import examine
+    from compress.models.source import resolve
+
+    source = Artifact.open(resolve(recipe.model, trust_remote_code=recipe.trust_remote_code))
+    _check_chain(recipe, source)
+    folder = Target(out or RUNS_FOLDER / source.path.resolve().name, "compress.json" if single else PLAN_FILE)
+    folder.claim()
+    run = _circumstances(recipe, reporter)
+    _check_texts(recipe, source, run)
+    _check_bench(recipe, source)
+    text = run.calibration.text if run.calibration is not None else None
+    examine(
+        source,
+        trust_remote_code=recipe.trust_remote_code,
+        task=recipe.task,
+        reporter=reporter,
+        needs_tokenizer=text is not None and not text.endswith(".safetensors"),
+    )
+    steps = _planned(recipe, source, folder, run, single=single, fresh=fresh)
+    _check_machine(steps, folder, reporter)
+    return Plan(recipe, source, steps, folder, single, run, reporter, fresh)
+
+
+def _check_chain(recipe: Recipe, source: Artifact) -> None:
+    """Walk the chain of facts: what each step needs must be true when it is its turn."""
+    facts = set(source.facts)
+    broken_by: dict[Fact, str] = {}
+    for index, step in enumerate(recipe.steps):
+        method = step.built()
+        missing = sorted(method.needs - facts)
+        if missing:
+            fact = missing[0]
+            culprit = broken_by.get(fact)
+            where = f"step {index} ({step.use}) needs {MEANING[fact]}"
+            if culprit:
+                raise PlanError(f"{where}, which {culprit} takes away", f"put {step.use} before {culprit}")
+            raise PlanError(
+                f"{where}, which {source.path} does not have", "start from the original float model"
+            )
+        facts = (facts - method.breaks) | method.gives
+        broken_by |= dict.fromkeys(method.breaks, step.use)
+
+
+def _circumstances(recipe: Recipe, reporter: Reporter) -> Run:
+    data = recipe.data
+    calibration = None
+    if data.calibration is not None:
+        calibration = CalibrationSource(data.calibration, data.samples, data.sequence_length, data.batch_size)
+    return Run(
+        task=recipe.task,
+        seed=recipe.seed,
+        device=_device(recipe.device),
+        threads=recipe.threads or os.cpu_count() or 1,
+        calibration=calibration,
+        trust_remote_code=recipe.trust_remote_code,
+        reporter=reporter,
+    )
+
+
+def _device(asked: str) -> Device:
+    import torch
+
+    available = torch.cuda.is_available()
+    if asked == "cuda" and not available:
+        raise EnvironmentFault("device cuda was asked for, and torch sees no GPU", "use --device cpu")
+    return "cuda" if asked == "cuda" or (asked == "auto" and available) else "cpu"
+
+
+def _check_texts(recipe: Recipe, source: Artifact, run: Run) -> None:
+    from compress.data import calibration, corpora
+    from compress.models.positions import positions
+
+    if run.calibration is not None:
+        room, wanted = positions(source.config), run.calibration.sequence_length
+        if room is not None and wanted > room:
+            raise PlanError(
+                f"calibration sequences of {wanted} tokens are longer than the model's {room} positions",
+                f"set data.sequence_length to at most {room} (--sequence-length {room})",
+            )
+        calibration.check(run.calibration)
+    if recipe.bench is not None:
+        if recipe.data.eval is None:
+            raise PlanError("the recipe has a bench and no text to measure on", "set data.eval")
+        corpora.check(recipe.data.eval)
+
+
+def _check_bench(recipe: Recipe, source: Artifact) -> None:
+    """Refuse now what the benchmark would refuse after hours of compressing."""
+    if recipe.bench is None:
+        return
+    from compress import runtimes
+    from compress.bench.metrics import metrics_of, quantities
+    from compress.bench.options import Options
+    from compress.core.gate import check_metrics
+    from compress.models.tasks import resolve
+
+    options = Options.of(recipe.bench.options)
+    for name in recipe.bench.runtimes:
+        runtimes.find(name)
+    metrics = metrics_of(resolve(recipe.task, source.config), options)
+    check_metrics(recipe.gates, quantities(metrics))
+
+
+def _planned(
+    recipe: Recipe, source: Artifact, folder: Target, run: Run, *, single: bool, fresh: bool
+) -> tuple[PlannedStep, ...]:
+    steps: list[PlannedStep] = []
+    methods = [step.built() for step in recipe.steps]
+    recorded = _recorded_digests(folder, len(methods), recipe, single=single)
+    parent: Artifact | None = source
+    parent_digest: str | None = source.digest
+    for index, method in enumerate(methods):
+        use = name_of(method)
+        target = step_target(folder, index, use, len(methods), single=single)
+        key = None
+        if parent_digest is not None:
+            key = step_key(parent_digest, method, step_circumstances(method, source, run))
+        present = finished(target, key)
+        done = not fresh and (present is not None or (key is not None and key in recorded))
+        needs = None
+        if parent is not None and not done:
+            needs = method.check(parent, replace(run, scratch=target.progress))
+        steps.append(PlannedStep(use, method, target, key, done, needs))
+        parent = present if done else None
+        parent_digest = (present.digest if present else recorded.get(key or "")) if done else None
+    return tuple(steps)
+
+
+def _recorded_digests(folder: Target, count: int, recipe: Recipe, *, single: bool) -> dict[str, str]:
+    """Key to digest of every step in the final artifact's lineage: intermediates may have been dropped."""
+    last = step_target(folder, count - 1, name_of(recipe.steps[-1].built()), count, single=single)
+    lineage = Lineage.read(last.path) if last.path.is_dir() else None
+    return {step.key: step.digest for step in lineage.steps[:-1]} if lineage is not None else {}
+
+
+def _check_machine(steps: tuple[PlannedStep, ...], folder: Target, reporter: Reporter) -> None:
+    """Refuse a run that the disk cannot hold; say so where memory looks short."""
+    import psutil
+
+    needed = sum(step.needs.disk_bytes for step in steps if step.needs is not None)
+    # What an interrupted run has written already need not be written again.
+    needed -= sum(_written(step.target.partial) for step in steps if step.needs is not None)
+    room = folder.room()
+    if needed > room:
+        raise EnvironmentFault(
+            f"the run needs about {_mebibytes(needed)} of disk, {folder.path.parent} has {_mebibytes(room)}",
+            "free some room, or give another --out",
+        )
+    host = max((step.needs.host_bytes for step in steps if step.needs is not None), default=0)
+    free = psutil.virtual_memory().available
+    if host > free:
+        reporter.message(
+            f"warning: the run is predicted to need {_mebibytes(host)} of memory, {_mebibytes(free)} are free"
+        )
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def _written(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
