@@ -149,9 +149,11 @@ def find(name: str) -> type[Pass]:
         UsageError: no method has this name.
         PlanError: the method breaks the contract of passes.
     """
-    own, foreign = _own_names(), _foreign_entries()
+    own = _own_names()
     if name in own:
         return _own(name, own[name])
+    # Looks into every installed package, which a command line that names a method of ours need not.
+    foreign = _foreign_entries()
     if name in foreign:
         return _foreign(name, foreign[name])
     raise UsageError(f"unknown method '{name}'", did_you_mean(name, names()))
