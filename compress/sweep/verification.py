@@ -7,7 +7,7 @@ that the pass meant, every other tensor must still be the source's.
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +131,7 @@ class _Verification:
             for part in parts:
                 self.run_.reporter.event("verify.block", block=part)
                 self.checkpoint.load_module(part, torch.device("cpu"))
-                seen |= self._compare(part, self.checkpoint.names_of(part))
+                seen |= self._compare(self.checkpoint.names_of(part))
                 self.checkpoint.release(part)
                 return_freed()
                 advance(1)
@@ -165,7 +165,7 @@ class _Verification:
         return self._names
 
     def _outside(self, parts: list[str]) -> set[str]:
-        """Everything beyond the blocks, module by module: an embedding may be the largest weight of all."""
+        """Everything beyond the blocks."""
         inside = tuple(f"{part}." for part in parts)
         names = [
             name for name in self.checkpoint.names if not self.checkpoint.target[name].startswith(inside)
@@ -173,18 +173,16 @@ class _Verification:
         modules: dict[str, list[str]] = {}
         for name in names:
             modules.setdefault(self.checkpoint.target[name].rpartition(".")[0], []).append(name)
-        seen: set[str] = set()
-        for module, entries in sorted(modules.items()):
+        for entries in modules.values():
             self.checkpoint.load(entries, torch.device("cpu"))
-            seen |= self._compare(module, entries)
         self.model.tie_weights()
         for name, parameter in self.model.named_parameters():
             if parameter.device.type == "meta" and not name.startswith(inside):
                 raise VerificationError(f"{name} is in no file of the artifact", _HINT)
-        return seen
+        return {name for _, entries in sorted(modules.items()) for name in self._compare(entries)}
 
-    def _compare(self, part: str, names: list[str]) -> set[str]:
-        """Hold the loaded weights of one part against what was meant; the float names that were compared."""
+    def _compare(self, names: list[str]) -> set[str]:
+        """Hold loaded weights against what was meant; the float names that were compared."""
         seen: set[str] = set()
         for name in names:
             meant = self.lineage.tensors.get(name)
@@ -196,8 +194,7 @@ class _Verification:
                 raise VerificationError(f"{name} should be untouched, and its values changed", _HINT)
             if self.original is not None and raw != fingerprint(self.original.tensor(name)):
                 raise VerificationError(f"{name} should be untouched, and differs from the source", _HINT)
-        values = self._changed_values(part, [name for name in names if name not in seen])
-        for name, value in values.items():
+        for name, value in self._changed_values([name for name in names if name not in seen]):
             meant = self.lineage.tensors.get(name)
             if meant is None:
                 raise VerificationError(f"{name} was loaded, and no pass meant to write it", _HINT)
@@ -206,23 +203,24 @@ class _Verification:
                 raise VerificationError(self._difference(name, value, meant), _HINT)
         return seen
 
-    def _changed_values(self, part: str, names: list[str]) -> dict[str, torch.Tensor]:
-        """Dequantized weights of one part by float name on disk, as the loader computes them."""
+    def _changed_values(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Dequantized weights by float name on disk, as the loader computes them, one at a time."""
         targets = {self.checkpoint.target[name] for name in names}
         owners = {target.rpartition(".")[0] for target in targets}
-        values: dict[str, torch.Tensor] = {}
         for owner in sorted(owners):
             module = self.model.get_submodule(owner)
             if getattr(module, "quantization_scheme", None) is not None:
-                values[self._float_name(owner, names)] = _decompressed(module)
+                yield self._float_name(owner, names), _decompressed(module)
+                # A block of dense weights is several times the packed one.
+                self.checkpoint.release(owner)
+                return_freed()
             else:
                 loaded = {
                     target: self.model.get_parameter(target).detach()
                     for target in targets
                     if target.rpartition(".")[0] == owner
                 }
-                values |= self._split(loaded, names)
-        return values
+                yield from self._split(loaded, names).items()
 
     def _float_name(self, owner: str, names: list[str]) -> str:
         """The float name on disk of a packed module: that of its packed tensor, with the suffix replaced."""
