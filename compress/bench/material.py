@@ -6,7 +6,7 @@ when their protocols are equal, and only then.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -140,9 +140,13 @@ def prepare(artifact: Artifact, task: Task, documents: Documents, options: Optio
             model_positions(artifact.config) or ENCODER_LENGTH, ENCODER_LENGTH, tokenizer.model_max_length
         )
         texts = documents.texts[: options.documents]
-        listed = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
         labels = _labels(documents, len(texts), artifact.config)
-        protocol = {"kind": "documents", "longest": length}
+        if labels is not None:
+            listed = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+            protocol = {"kind": "documents", "longest": length}
+        else:
+            scored = _passages(tokenizer, texts, length, options.documents)
+            listed, protocol = scored.tokens, scored.protocol
     tensors = tuple(torch.tensor(each, dtype=torch.int64) for each in listed)
     tokens = torch.cat(tensors)
     if int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
@@ -170,6 +174,26 @@ def prepare(artifact: Artifact, task: Task, documents: Documents, options: Optio
         words=tuple(scored.words) or None,
         bytes=tuple(scored.bytes) or None,
     )
+
+
+def _passages(tokenizer: Any, texts: Sequence[str], longest: int, most: int) -> Sequences:
+    """Texts cut where a model can take no more; passages of one text belong together, if there are others."""
+    found = Sequences()
+    for number, text in enumerate(texts):
+        encoded = tokenizer(text, truncation=True, max_length=longest, return_overflowing_tokens=True)
+        # A tokenizer written in Python gives the first passage, and the rest without its special tokens.
+        passages = encoded["input_ids"] if tokenizer.is_fast else [encoded["input_ids"]]
+        passages = passages[: most - len(found.tokens)]
+        found.tokens += passages
+        found.documents += [number] * len(passages)
+        if len(found.tokens) == most:
+            break
+    alone = len(set(found.documents)) == 1
+    if alone:
+        found.documents = list(range(len(found.tokens)))
+    clusters = "passage" if alone else "document"
+    found.protocol = {"kind": "passages", "longest": longest, "clusters": clusters}
+    return found
 
 
 def _prompts(tokens: torch.Tensor, batch: int, length: int) -> torch.Tensor:

@@ -40,6 +40,33 @@ def test_the_default_window_is_the_model_s_positions(before: Path, text: Path) -
         made(before, text, window=1)
 
 
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT that reads characters, at most 64 of them."""
+    folder = models_zoo.write("bert", tmp_path_factory.mktemp("models"))
+    return quantized_models.add_tokenizer(folder, models_zoo.VOCABULARY)
+
+
+def test_an_encoder_reads_one_long_text_in_passages_that_stand_for_themselves(
+    encoder: Path, text: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "one.txt"
+    whole.write_text(text.read_text().replace("<|endoftext|>", " "))
+    material = made(encoder, whole, task="feature-extraction")
+    assert {len(sequence) for sequence in material.sequences[:-1]} == {material.protocol["longest"]}
+    assert material.clusters == tuple(range(len(material.sequences)))
+    assert len(material.sequences) > 5
+    few = made(encoder, whole, task="feature-extraction", documents=3)
+    assert len(few.sequences) == 3
+    assert few.protocol["fingerprint"] != material.protocol["fingerprint"]
+
+
+def test_passages_of_one_document_belong_together(encoder: Path, text: Path) -> None:
+    material = made(encoder, text, task="feature-extraction")
+    assert set(material.clusters or ()) == set(range(6))
+    assert len(material.sequences) > 6
+
+
 def test_a_window_may_start_with_the_beginning_token(before: Path, text: Path) -> None:
     material = made(before, text, window=16, bos=True)
     assert {int(sequence[0]) for sequence in material.sequences} == {1}
