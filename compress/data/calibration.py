@@ -28,7 +28,7 @@ import heapq
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -39,6 +39,7 @@ from compress.core.artifact import file_digest
 from compress.core.errors import DataError, UsageError
 from compress.core.run import CalibrationSource
 from compress.data import corpora
+from compress.data.builtin.splits import Split
 from compress.data.bytestreams import check_readable
 
 KEY = "input_ids"
@@ -132,6 +133,7 @@ def draw(
         UsageError: numbers that make no window.
         EnvironmentFault: the source may not be read or cannot be reached.
     """
+    source = _for_calibration(source)
     if source.samples < 1 or source.sequence_length < 1:
         raise UsageError(
             f"calibration wants {source.samples} samples of {source.sequence_length} tokens",
@@ -146,7 +148,7 @@ def draw(
             f"copy the tokenizer's files into it, or give tokens: a .safetensors file with '{KEY}'",
         )
     else:
-        tokens, name = _draw_text(source, tokenizer, seed), source.text.rsplit("/", 1)[-1]
+        tokens, name = _draw_text(source, tokenizer, seed), corpora.short_name(source.text)
     _check_range(tokens, vocabulary_size, source)
     drawn = "" if ready is not None else f", seed {seed}"
     return Calibration(
@@ -167,6 +169,7 @@ def digest_of_source(source: CalibrationSource, model: Path, seed: int) -> str:
     Raises:
         DataError, UsageError, EnvironmentFault: the text is missing or cannot be read.
     """
+    source = _for_calibration(source)
     digest = hashlib.sha256()
     ready = _token_file(source)
     digest.update(f"{corpora.content_digest(source.text)}\0".encode())
@@ -186,11 +189,17 @@ def check(source: CalibrationSource) -> None:
         DataError, UsageError, EnvironmentFault: missing, unreadable, empty, binary, or tokens of another
             shape. Whether a text is long enough is known when it is drawn.
     """
+    source = _for_calibration(source)
     ready = _token_file(source)
     if ready is None:
         corpora.check(source.text)
     else:
         _read_tokens(ready, source)
+
+
+def _for_calibration(source: CalibrationSource) -> CalibrationSource:
+    """The source with the split of a built-in text that is there for this."""
+    return replace(source, text=corpora.in_split(source.text, Split.CALIBRATION))
 
 
 def _draw_text(source: CalibrationSource, tokenizer: Tokenizer, seed: int) -> torch.Tensor:

@@ -9,7 +9,9 @@ A source is one of
 - ``hf:NAME[:CONFIG][:SPLIT][:COLUMN]``, or a plain hub id, read through the optional package
   ``datasets``; a part may be left empty (``hf:wikitext:wikitext-2-raw-v1::text``). Without a split
   ``train`` is taken, without a column ``text``;
-- ``builtin:NAME``, a text that ships with the package.
+- ``builtin:stories``, the text that ships with the package (`compress.data.builtin`), or one split of it
+  by name: ``builtin:stories/train``. Without a split it is ``test``; a caller whose use is another asks
+  `in_split`.
 
 Records (JSON lines, tables) keep all their fields beside the text. The text is the field named after a
 colon (``train.jsonl:dialogue``; joined without anything between by ``+``:
@@ -26,11 +28,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from compress.core.artifact import file_digest
 from compress.core.errors import DataError, UsageError, did_you_mean
+from compress.data.builtin import texts as builtin
+from compress.data.builtin.splits import Split
 from compress.data.bytestreams import characters, check_readable, json_lines, lines, near_names
 from compress.data.hub import HubName, hub_records
 
@@ -40,7 +45,6 @@ TEXT_FIELDS = ("text", "sentence", "context", "query")
 _RECORD_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _TABLE_SUFFIXES = (".tsv",)
 _FILE_SUFFIXES = (*_RECORD_SUFFIXES, *_TABLE_SUFFIXES, ".txt", ".text", ".gz", ".csv", ".md", ".safetensors")
-_BUILTIN = Path(__file__).resolve().parent / "builtin"
 _LEFT_OUT = " \t\n\r\v\f"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -79,7 +83,7 @@ def documents(source: str, *, limit: int | None = None) -> Documents:
 
     Raises:
         DataError: the source is missing, empty, binary or damaged.
-        UsageError: no built-in text has this name, or the limit is no positive number.
+        UsageError: no built-in text or split has this name, or the limit is no positive number.
         EnvironmentFault: no permission, no network, or the package ``datasets`` is missing.
     """
     if limit is not None and limit < 1:
@@ -139,12 +143,14 @@ def content_digest(source: str) -> str:
     """An identity of the contents, as cheap as the source allows.
 
     Of a file, its bytes (remembered by path, size and time, so that a second call reads nothing) and
-    the name of its text field; of a hub data set, the documents that it gives.
+    the name of its text field; of a hub data set or a built-in text, the documents that it gives.
 
     Raises:
         DataError, UsageError, EnvironmentFault: as `documents`.
     """
     found = _locate(source)
+    if found.builtin is not None:
+        return _digest_of_builtin(found.title)
     if found.file is None:
         return documents(source).digest
     check_readable(found.file)
@@ -152,7 +158,7 @@ def content_digest(source: str) -> str:
 
 
 def file_of(source: str) -> Path | None:
-    """The file that a source names, or ``None`` for a hub data set.
+    """The file that a source names, or ``None`` for a hub data set and a built-in text.
 
     Raises:
         DataError: it names a file that is missing.
@@ -161,12 +167,27 @@ def file_of(source: str) -> Path | None:
     return _locate(source).file
 
 
+def short_name(source: str) -> str:
+    """What reports call a source: without its folder."""
+    return source if source.startswith("builtin:") else source.rsplit("/", 1)[-1]
+
+
+def in_split(source: str, split: Split) -> str:
+    """The source itself, or this split of a built-in text of which none is named.
+
+    What a text is read for decides what may be read: a model is calibrated, trained and judged on
+    splits that share nothing.
+    """
+    return f"{source}/{split}" if builtin.is_whole(source) else source
+
+
 @dataclass(frozen=True)
 class _Located:
-    """A source, found: a file or a hub data set, and the fields of a record that make its text."""
+    """A source, found: a file, a hub data set or a built-in text, and the fields that make its text."""
 
     title: str
     file: Path | None = None
+    builtin: Split | None = None
     hub: HubName | None = None
     fields: str = ""
 
@@ -187,7 +208,8 @@ def _locate(source: str) -> _Located:
     if not source.strip():
         raise UsageError("the name of a text is empty", "give a file, a hub data set or builtin:NAME")
     if source.startswith("builtin:"):
-        return _Located(source, file=_builtin(source.removeprefix("builtin:")))
+        source = in_split(source, Split.TEST)
+        return _Located(source, builtin=builtin.split_named(source))
     if source.startswith("hf:"):
         name = HubName.parse(source)
         return _Located(source, hub=name, fields=name.column)
@@ -228,15 +250,15 @@ def _looks_like_a_file(source: str) -> bool:
     )
 
 
-def _builtin(name: str) -> Path:
-    known = {file.name.split(".")[0]: file for file in sorted(_BUILTIN.glob("*.*"))}
-    if name not in known:
-        hint = did_you_mean(name, known) or "this version ships none: give a file or a hub data set"
-        raise UsageError(f"no built-in text is called '{name}'", hint)
-    return known[name]
+@cache
+def _digest_of_builtin(source: str) -> str:
+    # The text does not change while a process runs, and making it takes a second.
+    return documents(source).digest
 
 
 def _pieces_of_text(found: _Located) -> Iterator[Piece]:
+    if found.builtin is not None:
+        return (Piece(text, last=True) for text in builtin.text(found.builtin))
     if found.file is None:
         return iter(())
     return _split(characters(found.file))

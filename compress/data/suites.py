@@ -1,4 +1,4 @@
-"""Suites of examples with a known answer, read from JSON lines.
+"""Suites of examples with a known answer, read from JSON lines or built in.
 
 One object a line, plain or ``.gz``. What kind of work a suite is follows from the keys of its lines:
 
@@ -8,6 +8,9 @@ One object a line, plain or ``.gz``. What kind of work a suite is follows from t
 - ``question``, ``context``, ``answers``: question answering; any one of the answers is right;
 - ``source``, ``reference``: generation, a text and what should be made of it.
 
+``builtin:tasks/NAME`` is a suite that ships with the package (`compress.data.builtin.tasks`), and
+``builtin:tasks`` stands for all of them.
+
 Other keys are left alone. Every line of a file is of the same kind, and a line that does not fit is an
 error that says where it is: an example left out would change the score in silence.
 """
@@ -15,7 +18,8 @@ error that says where it is: an example left out would change the score in silen
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from functools import cache
@@ -26,6 +30,7 @@ from compress.core.errors import DataError, UsageError
 from compress.data.bytestreams import json_lines
 
 _SUFFIXES: Final = (".gz", ".jsonl", ".json", ".ndjson")
+_BUILTIN: Final = "builtin:"
 _NOT_A_NAME: Final = re.compile(r"[^A-Za-z0-9_-]+")
 
 
@@ -110,22 +115,22 @@ def read_suite(source: str | Path, *, limit: int | None = None) -> Suite:
     """Read a suite.
 
     Args:
-        source: a JSON lines file.
+        source: a JSON lines file, or ``builtin:tasks/NAME``.
         limit: read no further than this many examples.
 
     Raises:
         DataError: it is missing, empty, damaged, or a line does not fit.
         EnvironmentFault: it may not be read.
-        UsageError: the limit is no positive number, or the file's name has no letter or digit.
+        UsageError: the limit is no positive number, the file's name has no letter or digit, or there is
+            no such built-in suite.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit of examples is {limit}, expected at least 1")
-    file = Path(source).expanduser()
     digest = hashlib.sha256()
     examples: list[Example] = []
     kind: type[Example] | None = None
-    for number, record in _records(file):
-        where = f"{file} line {number}"
+    for number, record in _records(source):
+        where = f"{source} line {number}"
         kind = kind or _kind(record, where)
         example = _PARSERS[kind](record, where)
         examples.append(example)
@@ -134,8 +139,8 @@ def read_suite(source: str | Path, *, limit: int | None = None) -> Suite:
         if len(examples) == limit:
             break
     if kind is None:
-        raise DataError(f"{file} holds no example", _EXPECTED)
-    return Suite(suite_name(file), kind.shape, tuple(examples), digest.hexdigest())
+        raise DataError(f"{source} holds no example", _EXPECTED)
+    return Suite(suite_name(source), kind.shape, tuple(examples), digest.hexdigest())
 
 
 @cache
@@ -166,13 +171,70 @@ def suite_name(source: str | Path) -> str:
     return name
 
 
-def _records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def expand(sources: Iterable[str]) -> tuple[str, ...]:
+    """Suites one by one, where a name stands for several.
+
+    Raises:
+        UsageError: there is no such built-in suite.
+    """
+    found: list[str] = []
+    for source in sources:
+        if source.startswith(_BUILTIN):
+            from compress.data.builtin import tasks
+
+            found.extend(f"{tasks.NAME}/{name}" for name in tasks.named(source))
+        else:
+            found.append(source)
+    return tuple(found)
+
+
+def chance_level(suite: Suite) -> float:
+    """The share of right answers of somebody who has not read the examples.
+
+    For multiple choice, of a blind choice; for all other shapes, of the one answer that is right most
+    often, given every time.
+    """
+    examples = suite.examples
+    if suite.shape is Shape.MULTIPLE_CHOICE:
+        blind = [1 / len(each.choices) for each in examples if isinstance(each, MultipleChoice)]
+        return sum(blind) / len(examples)
+    counts = Counter(answer for example in examples for answer in _right_answers(example))
+    return max(counts.values()) / len(examples)
+
+
+def _right_answers(example: Example) -> frozenset[str]:
+    if isinstance(example, QuestionAnswering):
+        return frozenset(example.answers)
+    if isinstance(example, Cloze):
+        return frozenset((example.continuation,))
+    if isinstance(example, Classification):
+        return frozenset((str(example.label),))
+    if isinstance(example, Generation):
+        return frozenset((example.reference,))
+    return frozenset((example.choices[example.gold],))
+
+
+def _records(source: str | Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    if str(source).startswith(_BUILTIN):
+        yield from enumerate(_builtin_records(str(source)), start=1)
+        return
+    file = Path(source).expanduser()
     for number, value in json_lines(file):
         if not isinstance(value, dict):
             raise DataError(
                 f"{file} line {number} holds {type(value).__name__}, expected an object", _EXPECTED
             )
         yield number, value
+
+
+def _builtin_records(source: str) -> Iterator[Mapping[str, Any]]:
+    # Only here, because the problems of the built-in suites are made of this module's shapes.
+    from compress.data.builtin import tasks
+
+    names = tasks.named(source)
+    if len(names) > 1:
+        raise UsageError(f"{source} stands for several suites: {', '.join(names)}", "name one of them")
+    return tasks.records(names[0])
 
 
 def _kind(record: Mapping[str, Any], where: str) -> type[Example]:

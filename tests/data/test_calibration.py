@@ -77,6 +77,29 @@ def test_a_seed_draws_the_same_windows_again_and_another_seed_others(tmp_path: P
         assert first.description == "a.txt: 4 windows of 18 tokens, seed 0"
 
 
+def test_a_built_in_text_gives_its_calibration_split() -> None:
+    drawn = draw(source("builtin:stories", samples=2, length=60), Letters(), 0, 128)
+    named = draw(source("builtin:stories/calibration", samples=2, length=60), Letters(), 0, 128)
+    other = draw(source("builtin:stories/train", samples=2, length=60), Letters(), 0, 128)
+    assert torch.equal(drawn.tokens, named.tokens)
+    assert not torch.equal(drawn.tokens, other.tokens)
+    assert drawn.description == "builtin:stories/calibration: 2 windows of 60 tokens, seed 0"
+    texts = corpora.documents("builtin:stories/calibration").texts
+    joined = chr(1).join(texts)
+    assert all("".join(map(chr, row)) in joined for row in drawn.tokens.tolist())
+
+
+def test_the_key_of_a_built_in_text_is_that_of_its_split(tmp_path: Path) -> None:
+    digests = [
+        digest_of_source(source(f"builtin:stories{split}"), tmp_path, 0)
+        for split in ("", "/calibration", "/test")
+    ]
+    assert digests[0] == digests[1] != digests[2]
+    calibration.check(source("builtin:stories"))
+    with pytest.raises(UsageError, match="no split"):
+        calibration.check(source("builtin:stories/none"))
+
+
 def test_a_draw_is_not_the_beginning_of_the_text(tmp_path: Path) -> None:
     text = numbered(tmp_path / "a.txt", 50_000)
     places = starts(draw(source(text, samples=64), Letters(), 0, 128).tokens)

@@ -1,6 +1,7 @@
 """Texts are read the same way whatever they come in, and what is no text is refused by its place."""
 
 import gzip
+import itertools
 import json
 import os
 import sys
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from compress.core.errors import DataError, EnvironmentFault, UsageError
 from compress.data import bytestreams, corpora
+from compress.data.builtin import texts
+from compress.data.builtin.splits import Split
 from compress.data.hub import HubName
 
 
@@ -181,6 +184,34 @@ def test_a_pipe_is_refused_because_it_can_be_read_only_once(tmp_path: Path) -> N
 def test_builtin_texts_that_do_not_exist_are_refused() -> None:
     with pytest.raises(UsageError, match="no built-in text is called 'nonsense'"):
         corpora.documents("builtin:nonsense")
+
+
+def test_a_built_in_text_is_read_split_by_split() -> None:
+    found = corpora.documents("builtin:stories", limit=3)
+    assert found.texts == list(itertools.islice(texts.text(Split.TEST), 3))
+    assert found.records is None
+    assert found.description.startswith("builtin:stories/test (3 documents, ")
+    named = corpora.documents("builtin:stories/validation", limit=3)
+    assert named.texts == list(itertools.islice(texts.text(Split.VALIDATION), 3))
+    parts = list(itertools.islice(corpora.pieces("builtin:stories/validation"), 3))
+    assert parts == [corpora.Piece(text, last=True) for text in named.texts]
+    assert corpora.file_of("builtin:stories") is None
+    corpora.check("builtin:stories")
+    with pytest.raises(UsageError, match=r"no split 'calibraton'.*did you mean 'calibration'"):
+        corpora.check("builtin:stories/calibraton")
+
+
+def test_the_split_of_a_built_in_text_follows_from_its_use() -> None:
+    assert corpora.in_split("builtin:stories", Split.TRAIN) == "builtin:stories/train"
+    assert corpora.in_split("builtin:stories/test", Split.TRAIN) == "builtin:stories/test"
+    assert corpora.in_split("stories.txt", Split.TRAIN) == "stories.txt"
+
+
+def test_the_content_digest_of_a_built_in_text_is_of_its_split() -> None:
+    whole = corpora.content_digest("builtin:stories")
+    assert whole == corpora.content_digest("builtin:stories/test")
+    assert whole == corpora.documents("builtin:stories/test").digest
+    assert whole != corpora.content_digest("builtin:stories/validation")
 
 
 def test_hub_names() -> None:

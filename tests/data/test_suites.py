@@ -15,6 +15,7 @@ from compress.data.suites import (
     MultipleChoice,
     QuestionAnswering,
     Shape,
+    chance_level,
     read_suite,
     shape_of,
     suite_name,
@@ -106,6 +107,28 @@ def test_what_is_no_suite(tmp_path: Path) -> None:
         read_suite(tmp_path / "missing.jsonl")
     with pytest.raises(UsageError, match="limit of examples is 0"):
         read_suite(blank, limit=0)
+
+
+@pytest.mark.parametrize(
+    ("records", "level"),
+    [
+        (
+            [
+                {"query": "q", "choices": ["a", "b"], "gold": 0},
+                {"query": "q", "choices": [*"abcd"], "gold": 1},
+            ],
+            0.375,
+        ),
+        ([{"context": "c", "continuation": word} for word in ("x", "y", "x", "z")], 0.5),
+        ([{"text": "t", "label": label} for label in (0, 1, 1)], 2 / 3),
+        ([{"question": "q", "context": "", "answers": each} for each in (["a", "b"], ["b"], ["c"])], 2 / 3),
+        ([{"source": "s", "reference": word} for word in ("x", "y")], 0.5),
+    ],
+)
+def test_the_chance_level_is_that_of_who_has_not_read_the_examples(
+    records: list[dict[str, Any]], level: float, tmp_path: Path
+) -> None:
+    assert chance_level(read_suite(write(tmp_path / "a.jsonl", records))) == pytest.approx(level)
 
 
 def test_names_of_files_become_parts_of_quantities() -> None:

@@ -1,0 +1,109 @@
+"""The built-in text: the same bytes everywhere, and splits that share nothing."""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterable
+
+import pytest
+
+from compress.core.errors import UsageError
+from compress.data.builtin import texts
+from compress.data.builtin.problems import KINDS, Problem
+from compress.data.builtin.splits import Split, split_of
+
+GOLDEN = {
+    Split.TRAIN: "19b91056117b4742d6a2378b187d768dfa70fb805a0b42aaec2d5659c5cf0ecf",
+    Split.CALIBRATION: "de8e2965c9a6112ffca530999d7b75ce36b501bd5b67fbab7641590af941bce9",
+    Split.VALIDATION: "33e369272998c4682c9b02d5c440e9eecc335a8a399839e975fbce4f21cc29af",
+    Split.TEST: "94d6343c72e0c40fc920bd458317a5d4bf8e1b94a41796c1c4f38a293590dc19",
+}
+"""SHA-256 of the first 300 documents, joined by NUL: computed once, and the same on every machine."""
+
+
+def digest(documents: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(documents).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("split", Split)
+def test_the_bytes_are_pinned(split: Split) -> None:
+    assert digest(itertools.islice(texts.text(split), 300)) == GOLDEN[split]
+
+
+@pytest.fixture(scope="module")
+def problems() -> dict[Split, list[Problem]]:
+    """Of all documents but for training, where it is the first 8,000."""
+    return {
+        split: [
+            problem
+            for document in itertools.islice(texts.drawn(split), min(texts.SIZES[split], 8_000))
+            for _, problem in document
+        ]
+        for split in Split
+    }
+
+
+def test_no_problem_is_in_two_splits(problems: dict[Split, list[Problem]]) -> None:
+    """By construction: every problem lies in the split that its own identity decides."""
+    for split, found in problems.items():
+        assert all(split_of(problem.identity) is split for problem in found)
+    for one, other in itertools.combinations(Split, 2):
+        for part in (lambda problem: problem.identity, lambda problem: problem.text):
+            assert not set(map(part, problems[one])) & set(map(part, problems[other])), (one, other)
+
+
+def test_no_document_is_in_two_splits() -> None:
+    found = {split: set(itertools.islice(texts.text(split), 2_048)) for split in Split}
+    for one, other in itertools.combinations(Split, 2):
+        assert not found[one] & found[other]
+
+
+def test_an_identity_leaves_out_how_a_problem_is_put(problems: dict[Split, list[Problem]]) -> None:
+    """No sum is known from another split in the other order, and no row of numbers or words either."""
+
+    def canonical(problem: Problem) -> str | None:
+        question = problem.asked[0].question
+        if " + " in question:
+            return "+".join(sorted(re.findall(r"\d+", question)))
+        if question.startswith(("Which order", "What are the words")):
+            row = problem.context.split()
+            return " ".join(sorted(row) if row[0].isdecimal() else min(row, row[::-1]))
+        if question.startswith("Which number"):
+            return " ".join(sorted(problem.context.split(". ")))
+        return None
+
+    by_split = {split: {canonical(each) for each in found} - {None} for split, found in problems.items()}
+    assert all(len(found) > 100 for found in by_split.values())
+    for one, other in itertools.combinations(Split, 2):
+        assert not by_split[one] & by_split[other]
+
+
+def test_every_kind_of_problem_is_there(problems: dict[Split, list[Problem]]) -> None:
+    for found in problems.values():
+        assert {problem.identity.split()[0] for problem in found} == {
+            kind if kind != "sums" else "sum" for kind in KINDS
+        }
+
+
+def test_the_shares_of_the_splits() -> None:
+    found = [split_of(f"problem {number}") for number in range(16_000)]
+    for split, share in zip(Split, (13, 1, 1, 1), strict=True):
+        assert found.count(split) == pytest.approx(1_000 * share, rel=0.15)
+
+
+def test_documents_go_on_after_the_text_has_ended() -> None:
+    size = texts.SIZES[Split.TEST]
+    more = list(itertools.islice(texts.documents(Split.TEST), size + 10))
+    assert list(texts.text(Split.TEST)) == more[:size]
+
+
+def test_names() -> None:
+    assert texts.split_named("builtin:stories/calibration") is Split.CALIBRATION
+    assert texts.is_whole("builtin:stories")
+    assert not texts.is_whole("builtin:stories/test")
+    with pytest.raises(
+        UsageError, match=r"no built-in text is called 'story'.*did you mean 'builtin:stories'"
+    ):
+        texts.split_named("builtin:story")
+    with pytest.raises(UsageError, match=r"no split 'tset'.*did you mean 'test'"):
+        texts.split_named("builtin:stories/tset")
