@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from compress.bench.metrics import Stage, find
-from compress.bench.results import ArmResult, Fault, merged
+from compress.bench.results import ArmResult, Fault, Launch, merged
 from compress.core.artifact import Artifact
 from compress.core.errors import UsageError, did_you_mean
 from compress.core.gate import Gate
@@ -38,6 +38,7 @@ class Arm:
     facts: dict[str, Any] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     launches: list[Mapping[str, Any]] = field(default_factory=list)
+    watched: list[Launch] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -53,11 +54,24 @@ class Arm:
         for name in self.metrics_at(stage):
             self.measurements.update(find(name).missing(reason))
 
-    def add_launch(self, measurements: Mapping[str, Any]) -> None:
-        """The measurements of one more timed launch; all launches so far make the values."""
+    def add_launch(self, measurements: Mapping[str, Any], watched: Launch) -> list[str]:
+        """The measurements of one more timed launch; all launches so far make the values.
+
+        Args:
+            measurements: by quantity, as JSON.
+            watched: what went on around it.
+
+        Returns:
+            Why this launch cannot be trusted, each reason once.
+        """
         self.launches.append(measurements)
+        self.watched.append(watched)
+        number, doubts = len(self.launches) - 1, []
         for quantity in measurements:
-            self.measurements[quantity] = merged([launch[quantity] for launch in self.launches])
+            whole = merged([launch[quantity] for launch in self.launches])
+            self.measurements[quantity] = whole
+            doubts += [whole.distrust[number]] if number in whole.distrust else []
+        return list(dict.fromkeys(doubts))
 
     def result(self) -> ArmResult:
         """What the results file says of it."""
@@ -70,6 +84,7 @@ class Arm:
             digest=self.digest,
             measurements=dict(self.measurements),
             facts=dict(self.facts),
+            launches=tuple(self.watched),
             faults=tuple(self.faults),
         )
 

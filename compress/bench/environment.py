@@ -7,6 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+from compress.bench import host
+from compress.bench.nvml import open_gpu
+
 _LIBRARIES: Final = (
     "torch",
     "transformers",
@@ -33,6 +36,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "cache_bytes": host.cache_bytes(),
         "memory_bytes": psutil.virtual_memory().total,
         "threads": threads,
         "device": device,
@@ -44,9 +48,22 @@ def describe(device: str, threads: int) -> dict[str, Any]:
             "name": properties.name,
             "uuid": str(properties.uuid),
             "memory_bytes": properties.total_memory,
+            "cache_bytes": properties.L2_cache_size,
             "cuda": torch.version.cuda,
         }
+        gpu = open_gpu(str(properties.uuid))
+        environment["gpu"] |= {"unwatched": gpu} if isinstance(gpu, str) else gpu.described()
     return environment
+
+
+def holds_context(index: int = 0) -> bool:
+    """Whether this process has a context on a GPU: it is then listed among those that compute there."""
+    import torch
+
+    # torch says it by no public name; asking for the device's memory would make a context.
+    return torch.cuda.is_initialized() and bool(
+        torch._C._cuda_hasPrimaryContext(index)  # type: ignore[attr-defined]
+    )
 
 
 def _processor() -> str:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, final
 
 from compress import runtimes as runtime_room
-from compress.bench import isolate, log_probabilities
+from compress.bench import host, isolate, log_probabilities
 from compress.bench.arms import Arm, arms_of, baseline, check_arms
-from compress.bench.environment import describe
+from compress.bench.environment import describe, holds_context
 from compress.bench.flips import flips_of
 from compress.bench.judging import compare_arms, judge
 from compress.bench.material import Material, prepare
-from compress.bench.metrics import Stage, Subject, find, metrics_of, quantities
+from compress.bench.metrics import Stage, Subject, examples_of, find, metrics_of, quantities
 from compress.bench.options import Options
 from compress.bench.report.junit import junit
 from compress.bench.report.markdown import markdown
@@ -34,6 +34,7 @@ from compress.bench.results import (
     RESULTS_FILE,
     ArmResult,
     Flips,
+    Launch,
     Results,
     write_atomically,
 )
@@ -43,7 +44,6 @@ from compress.core.events import SILENT, Reporter
 from compress.core.gate import Gate, Verdict, check_metrics
 from compress.core.measurement import Measurement
 from compress.data.corpora import documents
-from compress.data.suites import read_suite
 from compress.models.tasks import Task, resolve
 
 Runner = Callable[..., isolate.Reply]
@@ -159,7 +159,7 @@ class _Experiment:
     rounds: int = 0
 
     def __post_init__(self) -> None:
-        self.threads = self.options.threads or _cores()
+        self.threads = self.options.threads or host.processors()
         self.device = _device(self.options)
         self.environment = describe(self.device, self.threads)
         self._seconds = dict.fromkeys(Stage, 0.0)
@@ -322,7 +322,9 @@ class _Experiment:
         self.order.append(arm.name)
         reply = self._request(arm, Stage.TIMING, launch=number)
         if reply is not None:
-            arm.add_launch(reply["measurements"])
+            watched = Launch(round=number, **reply.get("launch", {}))
+            for reason in arm.add_launch(reply["measurements"], watched):
+                self.reporter.message(f"{arm.name}: launch {number} cannot be trusted: {reason}")
         self._seconds[Stage.TIMING] += time.monotonic() - begun
 
     def _same_tokens(self, arm: Arm) -> bool:
@@ -353,6 +355,7 @@ class _Experiment:
             "stage": stage.value,
             "metrics": arm.metrics_at(stage),
             "device": self.device,
+            "gpu": self._gpu(),
             "threads": self.threads,
             "options": self.options.model_dump(mode="json"),
             "material": str(self.materials[arm.artifact.path][0]),
@@ -378,6 +381,12 @@ class _Experiment:
         arm.facts.update(reply.document["facts"] if stage is Stage.MEMORY else {})
         return reply.document
 
+    def _gpu(self) -> dict[str, Any] | None:
+        """Which GPU the models run on, and whether this process holds a context there."""
+        if "gpu" not in self.environment:
+            return None
+        return {"uuid": self.environment["gpu"]["uuid"], "shared": holds_context()}
+
     def _write(self, name: str, gates: Sequence[Gate] | None = None) -> Results:
         """Write what was measured; with gates, judged and complete."""
         complete = gates is not None
@@ -400,16 +409,10 @@ class _Experiment:
         return results
 
     def _flips(self, arms: Sequence[ArmResult]) -> Iterator[Flips]:
-        suites = [read_suite(source, limit=self.options.suite_limit) for source in self.options.suites]
+        suites = [examples_of(source, self.options) for source in self.options.suites]
         for arm in arms:
             if arm.role == "after":
                 yield from flips_of(baseline(arm, arms), arm, suites)
-
-
-def _cores() -> int:
-    """Cores that this process may use; where the system does not say, all there are."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
 
 
 def _device(options: Options) -> str:

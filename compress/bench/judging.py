@@ -1,6 +1,7 @@
 """From measurements to comparisons and verdicts; works on stored results as well as on fresh ones."""
 
 from collections.abc import Sequence
+from typing import Final
 
 from compress.bench.arms import baseline, chosen
 from compress.bench.options import Options
@@ -8,6 +9,9 @@ from compress.bench.results import ArmResult, Comparison, Contingency, Results
 from compress.bench.statistics import Incomparable, effect, mcnemar
 from compress.core.gate import Gate, Judgement, Verdict, check_metrics
 from compress.core.measurement import Effect, EffectKind, Measurement
+
+LAUNCHES: Final = 2
+"""With fewer independent units there is no interval."""
 
 
 def compare_arms(arms: Sequence[ArmResult], options: Options) -> list[Comparison]:
@@ -32,14 +36,7 @@ def _comparison(
     kinds: tuple[EffectKind, ...] = ("ratio", "difference")
     for kind in kinds:
         try:
-            effects[kind] = effect(
-                value,
-                reference,
-                kind,
-                confidence=options.confidence,
-                resamples=options.resamples,
-                seed=options.seed,
-            )
+            effects[kind] = _found(value, reference, kind, options.confidence, options)
         except Incomparable as error:
             reason = str(error)
     if effects and reference is not None:
@@ -86,7 +83,8 @@ def _judged(
         return gate.invalid(f"{gate.metric} is not measured for this task", before.name, after.name)
     if gate.wants != "value" and (reference is None or reference.value is None):
         reason = "is not there" if reference is None else f"is n/a: {reference.reason}"
-        return gate.invalid(f"BEFORE {reason}", before.name, after.name, baseline=False)
+        untrusted = reference is not None and reference.invalid
+        return gate.invalid(f"BEFORE {reason}", before.name, after.name, baseline=untrusted)
     try:
         found = _effect(gate, value, reference, options)
     except Incomparable as error:
@@ -104,14 +102,36 @@ def _effect(gate: Gate, value: Measurement, reference: Measurement | None, optio
     decides, the verdict errs at most as often as the gate says.
     """
     looks = options.looks if options.budget > 0 and value.summary != "exact" else 1
-    return effect(
-        value,
-        reference,
-        gate.wants,
-        confidence=1 - (1 - gate.confidence) / looks,
-        resamples=options.resamples,
-        seed=options.seed,
+    return _found(value, reference, gate.wants, 1 - (1 - gate.confidence) / looks, options)
+
+
+def _found(
+    value: Measurement, reference: Measurement | None, kind: EffectKind, confidence: float, options: Options
+) -> Effect:
+    """An effect from the launches that can be trusted in both arms, so that they still pair.
+
+    Raises:
+        Incomparable: too few of them are left, or see `effect`.
+    """
+    arms = {"AFTER": value} if reference is None or kind == "value" else {"BEFORE": reference, "AFTER": value}
+    doubts = {
+        launch: f"{name}: {why}" for name, arm in arms.items() for launch, why in sorted(arm.distrust.items())
+    }
+    if doubts:
+        known = {*doubts, *(value.clusters or range(len(value.samples)))}
+        if len(known) - len(doubts) < LAUNCHES:
+            reasons = "; ".join(dict.fromkeys(doubts.values()))
+            left = f"{len(known) - len(doubts)} of {len(known)} launches can be trusted"
+            raise Incomparable(f"{left}, an interval needs {LAUNCHES}: {reasons}")
+        value = value.without(doubts)
+        reference = None if reference is None else reference.without(doubts)
+    found = effect(
+        value, reference, kind, confidence=confidence, resamples=options.resamples, seed=options.seed
     )
+    if not doubts:
+        return found
+    said = f"{found.method}, without {len(doubts)} that cannot be trusted"
+    return found.model_copy(update={"method": said})
 
 
 def _noise(gate: Gate, before: ArmResult, arms: Sequence[ArmResult], options: Options) -> str | None:
@@ -122,7 +142,11 @@ def _noise(gate: Gate, before: ArmResult, arms: Sequence[ArmResult], options: Op
     value, reference = again.measurements.get(gate.metric), before.measurements.get(gate.metric)
     if value is None or value.value is None or reference is None:
         return None
-    judgement = gate.judge(_effect(gate, value, reference, options), value.better)
+    try:
+        judgement = gate.judge(_effect(gate, value, reference, options), value.better)
+    except Incomparable:
+        # Too few of its launches can be trusted to tell the noise.
+        return None
     if judgement.verdict is not Verdict.FAIL:
         return None
     return f"the noise is larger than the margin: BEFORE against itself: {judgement.explanation}"

@@ -12,9 +12,11 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
 )
 
 from compress.core.passes import invalid
+from compress.data.suites import expand
 
 
 @final
@@ -72,7 +74,10 @@ class Options(BaseModel):
         default=256, description="documents that classifiers and encoders are compared on"
     )
     suites: tuple[str, ...] = Field(
-        default=(), description="JSON lines files of examples with known answers, each scored by itself"
+        default=(),
+        description="JSON lines files of examples with known answers, each scored by itself; builtin:tasks "
+        "stands for all suites that ship with the package, builtin:tasks/NAME for one; lm-eval:NAME is a "
+        "task of lm-evaluation-harness, lm-eval:FILE.yaml one of your own",
     )
     suite_limit: PositiveInt | None = Field(
         default=None, description="examples of each suite; none takes all of them"
@@ -89,15 +94,31 @@ class Options(BaseModel):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where models run")
     threads: PositiveInt | None = Field(
-        default=None, description="threads of arithmetic; none takes all cores"
+        default=None, description="threads of arithmetic; none takes as many as it may use"
     )
     seed: NonNegativeInt = Field(default=0, description="of the order of launches and of the bootstrap")
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0, description="of the intervals in the report")
     resamples: PositiveInt = Field(default=2_000, description="bootstrap resamples of an interval")
+    steal_limit: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=1.0,
+        description="share of the processor time that the host of a virtual machine may steal during a timed "
+        "launch, which is else not trusted; none only notes it",
+    )
     time_limit: PositiveFloat = Field(
         default=1_800.0, description="seconds that one measured process may take"
     )
-    trust_remote_code: bool = Field(default=False, description="whether code inside a model may run")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="whether code inside a model, or beside a task of lm-evaluation-harness, may run",
+    )
+
+    @field_validator("suites")
+    @classmethod
+    def _one_by_one(cls, suites: tuple[str, ...]) -> tuple[str, ...]:
+        """The suites that a name stands for, so that each is scored, stored and named by itself."""
+        return expand(suites)
 
     @classmethod
     def of(cls, document: "Mapping[str, Any] | Options | None") -> "Options":

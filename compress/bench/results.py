@@ -43,6 +43,22 @@ class Fault(BaseModel):
 
 
 @final
+class Launch(BaseModel):
+    """What went on around one timed launch."""
+
+    model_config = _STRICT
+
+    round: int = Field(description="in which round of launches, from 1")
+    conditions: dict[str, Any] = Field(
+        default_factory=dict,
+        description="what was watched: throttling, stolen processors, the GPU; seconds by each clock",
+    )
+    distrust: tuple[str, ...] = Field(
+        default=(), description="why nothing of it can be trusted; what one quantity lacks is said there"
+    )
+
+
+@final
 class ArmResult(BaseModel):
     """One model on one runtime, and all that was measured of it."""
 
@@ -60,6 +76,7 @@ class ArmResult(BaseModel):
     facts: dict[str, Any] = Field(
         default_factory=dict, description="what the runtime said: kernels, layers kept dense, bytes"
     )
+    launches: tuple[Launch, ...] = Field(default=(), description="timed launches, in order")
     faults: tuple[Fault, ...] = Field(default=(), description="processes that did not end well")
 
 
@@ -225,13 +242,13 @@ def merged(parts: list[Mapping[str, Any]]) -> Measurement:
     """One measurement from those of several launches, as JSON; each launch is a cluster of its own.
 
     A launch that has no value makes the whole ``n/a``, with its reason: a mean over the launches that
-    happened to work would flatter.
+    happened to work would flatter. One that cannot be trusted keeps its samples, marked.
     """
     launches = [Measurement.model_validate(part) for part in parts]
-    broken = next((launch for launch in launches if launch.value is None), None)
+    broken = next((launch for launch in launches if launch.value is None and not launch.invalid), None)
     if broken is not None or (len(launches) == 1 and not launches[0].samples):
         return broken or launches[0]
-    first = launches[0]
+    first = next((launch for launch in launches if launch.samples), launches[0])
     return Measurement.sampled(
         [sample for launch in launches for sample in launch.samples],
         summary=first.summary,
@@ -239,4 +256,9 @@ def merged(parts: list[Mapping[str, Any]]) -> Measurement:
         better=first.better,
         clusters=[index for index, launch in enumerate(launches) for _ in launch.samples],
         conditions={**first.conditions, "launches": len(launches)},
+        distrust={
+            index: "; ".join(launch.distrust.values())
+            for index, launch in enumerate(launches)
+            if launch.distrust
+        },
     )

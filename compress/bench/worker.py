@@ -13,10 +13,14 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.bench import cgroup
 from compress.core.errors import CompressError
+
+if TYPE_CHECKING:
+    from compress.bench.nvml import Gpu, Tenants
+    from compress.core.measurement import Measurement
 
 
 def main() -> None:
@@ -51,10 +55,12 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             ``options``, ``material`` (path), for a comparison ``reference`` (path) and
             ``reference_runtime``, and ``stored``: whether the options' file of log-probabilities is of the
             reference, or without one of the artifact itself. Of a process of its own also ``charged``, the
-            folder of its cgroup, or ``uncharged``, why it has none.
+            folder of its cgroup, or ``uncharged``, why it has none. On a GPU ``gpu``: its ``uuid``, and
+            ``shared``, whether the process that asks holds a context there.
 
     Returns:
-        ``measurements`` and ``facts``; or ``unavailable``, a reason; or ``error`` with kind and message.
+        ``measurements`` and ``facts``, and of a timed launch ``launch``: what was watched around it, and
+        why it cannot be trusted; or ``unavailable``, a reason; or ``error`` with kind and message.
     """
     import torch
 
@@ -81,10 +87,13 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def _measured(request: Mapping[str, Any]) -> dict[str, Any]:
     from compress.bench import log_probabilities
+    from compress.bench.bandwidth import Probe
+    from compress.bench.clock import clock_of
     from compress.bench.material import Material
     from compress.bench.metrics import Stage, Subject, find
     from compress.bench.metrics.memory import host_memory
     from compress.bench.options import Options
+    from compress.bench.validity import Watch
     from compress.core.artifact import Artifact
     from compress.core.facts import Fact
     from compress.models.load import skeleton
@@ -102,7 +111,10 @@ def _measured(request: Mapping[str, Any]) -> dict[str, Any]:
     if Fact.TRANSFORMERS in artifact.facts:
         # Imports the code of this architecture: importing is neither loading nor the model's memory.
         skeleton(artifact, task=task.name, trust_remote_code=options.trust_remote_code)
+    gpu, tenants = _gpu(request)
+    timed = request["stage"] == Stage.TIMING
     baseline = host_memory()
+    watch = Watch(options.steal_limit, gpu, tenants) if timed else None
     start = time.perf_counter()
     session = runtime.load(artifact, task, placement)
     session.synchronize()
@@ -117,6 +129,7 @@ def _measured(request: Mapping[str, Any]) -> dict[str, Any]:
             reference = find_runtime(named).load(before, task, placement)
     elif request.get("stored"):
         recorder = log_probabilities.recorder(artifact, request["runtime"], material, options)
+    clock = clock_of(session)
     subject = Subject(
         artifact=artifact,
         task=task,
@@ -130,14 +143,39 @@ def _measured(request: Mapping[str, Any]) -> dict[str, Any]:
         baseline=baseline,
         charged=request.get("charged"),
         uncharged=request.get("uncharged", "the model ran in the process that asked"),
+        clock=clock,
+        probe=Probe(str(session.facts.get("device", "")), clock, session) if timed else None,
+        tenants=tenants,
     )
-    measurements: dict[str, Any] = {}
+    measurements: dict[str, Measurement] = {}
     for name in request["metrics"]:
-        for quantity, measurement in find(name).measure(subject).items():
-            measurements[quantity] = measurement.model_dump(mode="json")
+        measurements |= find(name).measure(subject)
+        if watch is not None:
+            watch.look()
     if recorder is not None:
         recorder.save()
-    return {"measurements": measurements, "facts": dict(session.facts)}
+    reply: dict[str, Any] = {"facts": dict(session.facts)}
+    if watch is not None:
+        watched = watch.finish()
+        conditions = {**watched.conditions, **subject.observed}
+        reply["launch"] = {"conditions": conditions, "distrust": list(watched.distrust)}
+        for reason in watched.distrust:
+            measurements = {name: found.doubted(reason) for name, found in measurements.items()}
+    reply["measurements"] = {name: found.model_dump(mode="json") for name, found in measurements.items()}
+    return reply
+
+
+def _gpu(request: Mapping[str, Any]) -> "tuple[Gpu | str | None, Tenants | str]":
+    """The GPU of a request and who is on it, before this process is; or why that is not known."""
+    from compress.bench.nvml import Tenants, open_gpu
+
+    if request["device"] != "cuda":
+        return None, "the model does not run on a GPU"
+    asked = request.get("gpu") or {}
+    gpu = open_gpu(asked["uuid"]) if asked else "the request does not name the GPU"
+    if isinstance(gpu, str):
+        return gpu, gpu
+    return gpu, Tenants(gpu, os.getpid(), os.getppid(), parent_holds=asked["shared"])
 
 
 if __name__ == "__main__":

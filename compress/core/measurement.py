@@ -5,7 +5,7 @@ kept raw, so that an interval or a verdict can be computed again later, by anoth
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, final
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -51,6 +51,11 @@ class Measurement(BaseModel):
     conditions: Mapping[str, Any] = Field(
         default_factory=dict, description="under which the value holds: shapes, protocol, counts"
     )
+    distrust: Mapping[int, str] = Field(
+        default_factory=dict,
+        description="clusters (launches) that cannot be trusted, and why; their samples are kept and count "
+        "for nothing",
+    )
 
     @model_validator(mode="after")
     def _is_sound(self) -> "Measurement":
@@ -95,19 +100,34 @@ class Measurement(BaseModel):
         clusters: Sequence[int] | None = None,
         answers: Sequence[str] | None = None,
         conditions: Mapping[str, Any] | None = None,
+        distrust: Mapping[int, str] | None = None,
     ) -> "Measurement":
-        """A value from its samples; ``n/a`` where there are none or one of them is not finite."""
-        if not samples:
+        """A value from its samples; ``n/a`` where there are none or one of them is not finite.
+
+        Samples of clusters in ``distrust`` are kept and make no part of the value; where no others are
+        left, there is none.
+        """
+        marked = dict(distrust or {})
+        if not samples and not marked:
             return cls.missing("no sample was taken", unit=unit, better=better)
         wrong = sum(not math.isfinite(sample) for sample in samples)
         if wrong:
-            reason = f"{wrong} of {len(samples)} samples are NaN or infinite"
-            return cls.missing(reason, unit=unit, better=better)
-        value = summarize(samples, weights, summary)
-        if not math.isfinite(value):
-            return cls.missing(f"the {summary} of the samples is not finite", unit=unit, better=better)
+            said = f"{wrong} of {len(samples)} samples are NaN or infinite"
+            return cls.missing(said, unit=unit, better=better)
+        kept = [at for at, cluster in enumerate(clusters or range(len(samples))) if cluster not in marked]
+        value: float | None = None
+        reason: str | None = None
+        if kept:
+            used = None if weights is None else [weights[at] for at in kept]
+            value = summarize([samples[at] for at in kept], used, summary)
+            if not math.isfinite(value):
+                return cls.missing(f"the {summary} of the samples is not finite", unit=unit, better=better)
+        else:
+            reason = f"not to be trusted: {'; '.join(dict.fromkeys(marked.values()))}"
         return cls(
             value=value,
+            reason=reason,
+            distrust=marked,
             unit=unit,
             better=better,
             summary=summary,
@@ -116,6 +136,43 @@ class Measurement(BaseModel):
             clusters=None if clusters is None else tuple(clusters),
             answers=None if answers is None else tuple(answers),
             conditions=conditions or {},
+        )
+
+    @property
+    def invalid(self) -> bool:
+        """Whether something was measured, and none of it can be trusted."""
+        return self.value is None and bool(self.distrust)
+
+    def doubted(self, reason: str) -> "Measurement":
+        """The measurement of one launch, marked as not to be trusted; what is ``n/a`` stays so."""
+        if self.value is None and not self.distrust:
+            return self
+        reasons = [*self.distrust.values(), reason]
+        return self._again(range(len(self.samples)), [0] * len(self.samples), {0: "; ".join(reasons)})
+
+    def without(self, clusters: Collection[int]) -> "Measurement":
+        """The measurement from the samples of all other clusters; one without samples as it is."""
+        if not self.samples:
+            return self
+        own = self.clusters or tuple(range(len(self.samples)))
+        kept = [at for at, cluster in enumerate(own) if cluster not in clusters]
+        marked = {cluster: why for cluster, why in self.distrust.items() if cluster not in clusters}
+        return self._again(kept, [own[at] for at in kept], marked)
+
+    def _again(
+        self, kept: Sequence[int], clusters: Sequence[int], distrust: Mapping[int, str]
+    ) -> "Measurement":
+        """The measurement made anew from some of its samples."""
+        return Measurement.sampled(
+            [self.samples[at] for at in kept],
+            summary=self.summary,
+            unit=self.unit,
+            better=self.better,
+            weights=None if self.weights is None else [self.weights[at] for at in kept],
+            clusters=clusters,
+            answers=None if self.answers is None else [self.answers[at] for at in kept],
+            conditions=self.conditions,
+            distrust=distrust,
         )
 
 

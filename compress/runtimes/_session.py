@@ -1,15 +1,18 @@
 """A transformers model in memory, whatever its linear layers run on."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
+from torch import nn
 
 from compress.core.errors import EnvironmentFault, ModelError
 from compress.core.run import Device
 from compress.models.tasks import Task
 from compress.runtimes import Generation, Session
+from compress.runtimes._packed import PackedLinear
 
 
 @final
@@ -39,7 +42,7 @@ class TorchSession(Session):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """See `Session.facts`."""
+        """See `Session.facts`. After the first step of decoding also ``step_bytes``, what a step reads."""
         return self._facts
 
     @torch.inference_mode()
@@ -61,6 +64,14 @@ class TorchSession(Session):
     @torch.inference_mode()
     def decode(self, state: Generation) -> Generation:
         """See `Session.decode`."""
+        if "step_bytes" not in self._facts:
+            with _used(self._model) as modules:
+                following = self._step(state)
+            self._facts["step_bytes"] = read_bytes(modules)
+            return following
+        return self._step(state)
+
+    def _step(self, state: Generation) -> Generation:
         result = self._model(input_ids=state.tokens[:, None], past_key_values=state.cache, use_cache=True)
         return Generation(result.logits[:, -1].argmax(-1), result.past_key_values, state.length + 1)
 
@@ -70,13 +81,44 @@ class TorchSession(Session):
             torch.cuda.synchronize(self._device)
 
 
-def weight_bytes(model: torch.nn.Module) -> int:
+def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers; what several names share is counted once."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in [*model.parameters(), *model.buffers()]
     }
     return sum(storages.values())
+
+
+@contextmanager
+def _used(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """The modules that run while this is open."""
+    used: list[nn.Module] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, _: used.append(module)) for module in model.modules()
+    ]
+    try:
+        yield used
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def read_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of the weights that modules read whole when they run; shared ones count once.
+
+    A bound from below: an embedding reads a few of its rows, and of experts fused into one tensor only the
+    chosen ones are read, so neither counts.
+    """
+    read: dict[int, int] = {}
+    for module in modules:
+        own: list[torch.Tensor] = list(module.parameters(recurse=False))
+        if isinstance(module, nn.Embedding) or any(tensor.dim() > 2 for tensor in own):
+            continue
+        if isinstance(module, PackedLinear):
+            own += module.buffers(recurse=False)
+        read |= {tensor.data_ptr(): tensor.nbytes for tensor in own}
+    return sum(read.values())
 
 
 def chosen_device(device: Device) -> torch.device:

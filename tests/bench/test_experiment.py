@@ -1,7 +1,5 @@
 """The experiment: order, isolation, rows for what failed, verdicts, files."""
 
-import math
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,13 @@ from compress.bench import isolate, worker
 from compress.bench.experiment import compare
 from compress.bench.isolate import Reply
 from compress.bench.judging import judge_again
-from compress.bench.material import Material
 from compress.bench.report.terminal import plain
 from compress.bench.results import ArmResult, Fault, Results
 from compress.core.errors import TargetError, UsageError
 from compress.core.gate import Gate
 from compress.core.measurement import Measurement
 from tests import models_zoo, quantized_models
+from tests.bench.fabricated import fabricated, steady
 
 SMALL = {
     "launches": 2,
@@ -234,6 +232,12 @@ def test_the_worker_answers_from_its_own_process(before: Path, text: Path, tmp_p
         "load.seconds",
         "prefill.tokens_per_second",
         "decode.tokens_per_second",
+        "decode.bandwidth_share",
+    }
+    assert set(reply.document["launch"]["conditions"]) == {
+        "throttled_seconds",
+        "thermal_throttles",
+        "steal_share",
     }
 
 
@@ -265,7 +269,7 @@ def test_an_encoder_has_its_own_quantities(tmp_path: Path, text: Path) -> None:
     )
     assert found.task == "feature-extraction"
     packed = found.arm("after@torch-int4").measurements
-    assert packed["encode.sequences_per_second"].value is not None
+    assert packed["encode.sequences_per_second"].samples
     assert packed["fidelity.cosine"].value == pytest.approx(1.0, abs=0.1)
     assert "perplexity" not in packed
     assert found.exit_code == 0
@@ -292,42 +296,6 @@ def test_a_shape_that_cannot_be_is_refused(
         compare(
             before, [after], tmp_path, str(text), options={**SMALL, "shapes": (shape,)}, runner=in_process
         )
-
-
-def fabricated(rates: Any) -> Any:
-    """A runner that measures nothing: ``rates(artifact, launch)`` are the samples of a launch."""
-
-    def run(request: Mapping[str, Any], *, stage: str, **_: Any) -> Reply:
-        found: dict[str, Any] = {}
-        if stage.startswith("timing"):
-            launch = int(stage.split()[1])
-            samples = rates("after" if "int4" in request["artifact"] else "before", launch)
-            found = {
-                "decode.tokens_per_second": Measurement.sampled(
-                    samples, summary="geometric-mean", unit="token/s", better="higher"
-                ).model_dump(mode="json")
-            }
-        if stage == "scoring":
-            material = Material.load(Path(request["material"]))
-            generator = torch.Generator().manual_seed(0)
-            count = len(material.sequences)
-            nats = torch.randn(count, generator=generator) * 0.1 + 3
-            if "int4" in request["artifact"]:
-                nats += 0.09 + torch.randn(count, generator=generator) * 0.02
-            found = {
-                "perplexity": Measurement.sampled(
-                    nats.tolist(), summary="exponential-mean", better="lower"
-                ).model_dump(mode="json")
-            }
-        return Reply({"measurements": found, "facts": {}})
-
-    return run
-
-
-def steady(artifact: str, launch: int) -> list[float]:
-    generator = random.Random(f"{artifact} {launch}")
-    rate = 95 if artifact == "after" else 100
-    return [rate * math.exp(generator.gauss(0, 0.05)) for _ in range(3)]
 
 
 NOT_SLOWER = {"metric": "decode.tokens_per_second", "test": "non-inferiority", "margin": "8%"}

@@ -33,6 +33,18 @@ def test_a_launch_without_a_value_leaves_none() -> None:
     assert merged([launch(1.0), broken]).reason == "NaN"
 
 
+def test_a_launch_that_cannot_be_trusted_keeps_its_samples() -> None:
+    doubted = Measurement.model_validate(launch(100.0, 100.0)).doubted("hot").model_dump(mode="json")
+    whole = merged([launch(1.0, 4.0), doubted, launch(2.0, 2.0)])
+    assert whole.value == pytest.approx(2.0)
+    assert whole.samples == (1.0, 4.0, 100.0, 100.0, 2.0, 2.0)
+    assert whole.distrust == {1: "hot"}
+    assert merged([doubted, doubted]).invalid
+    assert merged([doubted]).samples == (100.0, 100.0)
+    broken = Measurement.missing("NaN", unit="s").model_dump(mode="json")
+    assert merged([doubted, broken]).reason == "NaN"
+
+
 def test_written_and_read_again(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "results.json"
     results(complete=True).write(file)

@@ -1,6 +1,7 @@
 """A measurement has a value or a reason; samples make a value by their summary."""
 
 import math
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -51,3 +52,37 @@ def test_it_survives_json() -> None:
         [1.5, 2.5], summary="mean", unit="nat", better="lower", weights=[1, 2], clusters=[0, 0]
     )
     assert Measurement.model_validate_json(measurement.model_dump_json()) == measurement
+
+
+def launches(**others: Any) -> Measurement:
+    return Measurement.sampled(
+        [1.0, 3.0, 10.0, 30.0], summary="mean", clusters=[0, 0, 1, 1], unit="s", better="lower", **others
+    )
+
+
+def test_samples_of_what_cannot_be_trusted_are_kept_and_not_used() -> None:
+    marked = launches(distrust={1: "hot"})
+    assert (marked.value, marked.invalid) == (2.0, False)
+    assert marked.samples == (1.0, 3.0, 10.0, 30.0)
+    assert Measurement.model_validate_json(marked.model_dump_json()) == marked
+    assert marked.without({1}) == Measurement.sampled(
+        [1.0, 3.0], summary="mean", clusters=[0, 0], unit="s", better="lower"
+    )
+    weighted = launches(distrust={1: "hot"}, weights=[3.0, 1.0, 9.0, 9.0])
+    assert weighted.value == pytest.approx(1.5)
+
+
+def test_nothing_that_can_be_trusted_is_no_value() -> None:
+    none = launches(distrust={0: "hot", 1: "hot"})
+    assert (none.value, none.reason, none.invalid) == (None, "not to be trusted: hot", True)
+    assert len(none.samples) == 4
+
+
+def test_a_launch_is_marked_once_for_every_reason() -> None:
+    launch = Measurement.sampled([1.0, 2.0], summary="mean").doubted("hot").doubted("late")
+    assert launch.distrust == {0: "hot; late"}
+    assert launch.clusters == (0, 0)
+    assert launch.invalid
+    absent = Measurement.missing("no GPU")
+    assert absent.doubted("hot") == absent
+    assert not absent.invalid

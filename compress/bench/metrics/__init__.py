@@ -12,19 +12,25 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from compress.bench.clock import Clock, WallClock
+from compress.bench.nvml import Tenants
 from compress.bench.options import Options
 from compress.core.artifact import Artifact
 from compress.core.errors import PlanError, UsageError
 from compress.core.measurement import Direction, Measurement, Summary
-from compress.data.suites import read_suite, suite_name
+from compress.data.suites import Suite, read_suite, suite_name
 
 if TYPE_CHECKING:
+    from compress.bench.bandwidth import Probe
     from compress.bench.log_probabilities import LogProbabilities, Recorder
     from compress.bench.material import Material
     from compress.models.tasks import Task
     from compress.runtimes import Session
+
+HARNESS: Final = "lm-eval:"
+"""Before the name or the file of a task of lm-evaluation-harness, among the suites."""
 
 
 class Stage(StrEnum):
@@ -106,6 +112,10 @@ class Subject:
         baseline: memory of the process before the model was loaded, bytes by kind.
         charged: folder of the process's own memory cgroup.
         uncharged: why it has none.
+        clock: what times the session's work.
+        probe: the memory that weights are read from, to check rates against.
+        tenants: who is on the session's GPU; or why that is not known.
+        observed: what belongs to a launch's record beside the measurements, filled by metrics.
         memo: what one metric computed and another may read, so that a text is run through once.
     """
 
@@ -121,6 +131,10 @@ class Subject:
     baseline: Mapping[str, int] | None = None
     charged: str | None = None
     uncharged: str = ""
+    clock: Clock = field(default_factory=WallClock)
+    probe: "Probe | None" = None
+    tenants: "Tenants | str" = "the model does not run on a GPU"
+    observed: dict[str, Any] = field(default_factory=dict, compare=False)
     memo: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -201,18 +215,19 @@ def metrics_of(task: "Task", options: Options) -> tuple[str, ...]:
     """The metrics of an experiment: the task's, the timed ones for each further shape, one for each suite.
 
     Raises:
-        UsageError: two suites have the same name, or what should be a shape is none.
+        UsageError: two suites have the same name, what should be a shape is none, or a task of
+            lm-evaluation-harness is unknown or cannot be measured.
         DataError: a suite cannot be read.
+        EnvironmentFault: a task's package is not installed, or its data cannot be had.
     """
-    named: dict[str, str] = {}
+    named: dict[str, tuple[str, str]] = {}
     for source in options.suites:
-        name = suite_name(source)
+        name, metric = _of_suite(source, options)
         if name in named:
             raise UsageError(
-                f"{named[name]} and {source} are both called '{name}'", "rename one of the two files"
+                f"{named[name][0]} and {source} are both called '{name}'", "rename one of the two files"
             )
-        named[name] = source
-        read_suite(source, limit=options.suite_limit)
+        named[name] = (source, metric)
     shaped = [
         f"{name}:{shape}"
         for shape in dict.fromkeys(options.shapes)
@@ -221,7 +236,32 @@ def metrics_of(task: "Task", options: Options) -> tuple[str, ...]:
     ]
     for name in shaped:
         find(name)
-    return (*task.metrics, *shaped, *(f"suite:{source}" for source in named.values()))
+    return (*task.metrics, *shaped, *(metric for _, metric in named.values()))
+
+
+def _of_suite(source: str, options: Options) -> tuple[str, str]:
+    """How a suite is called, and the metric that it is scored by; all of it is read, so that it is there."""
+    if not source.startswith(HARNESS):
+        read_suite(source, limit=options.suite_limit)
+        return suite_name(source), f"suite:{source}"
+    # Only here, because a harness that nobody asks for need not be installed.
+    from compress.bench.metrics._harness_tasks import find_task, load
+
+    file = find_task(source, trusted=options.trust_remote_code)
+    return HARNESS + load(file).name, f"lm_eval:{file}"
+
+
+def examples_of(source: str, options: Options) -> Suite:
+    """What a suite asks, for a report.
+
+    Raises:
+        DataError, EnvironmentFault, UsageError: as `metrics_of`.
+    """
+    if not source.startswith(HARNESS):
+        return read_suite(source, limit=options.suite_limit)
+    from compress.bench.metrics._harness_tasks import find_task, load
+
+    return load(find_task(source, trusted=options.trust_remote_code)).examples(options.suite_limit)
 
 
 def quantities(metrics: Iterable[str]) -> dict[str, Quantity]:

@@ -1,6 +1,8 @@
 """Answers that a language model writes: the most likely token after token, never sampled."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -10,7 +12,12 @@ from compress.core.errors import ModelError, UsageError
 
 
 def answers(
-    subject: Subject, reader: Reader, prompts: Sequence[str], cut: Callable[[str], tuple[str, bool]]
+    subject: Subject,
+    reader: Reader,
+    prompts: Sequence[str],
+    cut: Callable[[str], tuple[str, bool]],
+    *,
+    most: int | None = None,
 ) -> list[str]:
     """What a model writes after each prompt.
 
@@ -19,17 +26,19 @@ def answers(
         reader: of its tokenizer.
         prompts: that lose their beginning where they and the answer do not fit into the model.
         cut: the answer in a text so far, and whether what follows can no longer change it.
+        most: tokens of an answer; none takes the option's.
 
     Raises:
         ModelError: the model computes NaN.
         UsageError: the answer alone leaves no room for a prompt.
     """
-    most = subject.options.generated_tokens
+    hint = "set bench option generated_tokens" if most is None else "take a task with shorter answers"
+    most = subject.options.generated_tokens if most is None else most
     room = reader.longest - most
     if room < 1:
         raise UsageError(
             f"answers of {most} tokens leave no room for a question in {reader.longest} positions",
-            "set bench option generated_tokens",
+            hint,
         )
     encoded = [_prompt(reader, prompt)[-room:] for prompt in prompts]
     if not torch.isfinite(subject.running.outputs(torch.tensor([encoded[0]]))).all():
@@ -58,7 +67,7 @@ def _written(
     cut: Callable[[str], tuple[str, bool]],
 ) -> list[str]:
     """Answers to prompts ``[batch, length]``; a batch goes on until all of them are complete."""
-    session, end = subject.running, reader.tokenizer.eos_token_id
+    session, ends = subject.running, _ends(subject, reader)
     state = session.prefill(prompts)
     written: list[list[int]] = [[] for _ in range(len(prompts))]
     texts = [""] * len(prompts)
@@ -69,7 +78,7 @@ def _written(
         for row, token in enumerate(state.tokens.tolist()):
             if complete[row]:
                 continue
-            if token == end:
+            if token in ends:
                 complete[row] = True
                 continue
             written[row].append(token)
@@ -78,3 +87,23 @@ def _written(
         if all(complete):
             break
     return texts
+
+
+def _ends(subject: Subject, reader: Reader) -> frozenset[int]:
+    """The tokens after which a model has no more to say; one made for talks has several."""
+    found: set[int] = set()
+    named = (subject.artifact.config.get("eos_token_id"), reader.tokenizer.eos_token_id)
+    for value in (*named, _generation_settings(subject).get("eos_token_id")):
+        found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return frozenset(found)
+
+
+def _generation_settings(subject: Subject) -> Mapping[str, Any]:
+    file = subject.artifact.path / "generation_config.json"
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    return found if isinstance(found, dict) else {}

@@ -117,8 +117,6 @@ def joined(continuation: str) -> str:
 def likelihoods(subject: Subject, reader: Reader, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
     """The likelihood of every continuation given its context.
 
-    What goes in is run once where continuations differ in their last token alone.
-
     Args:
         subject: whose session is a language model.
         reader: of its tokenizer.
@@ -128,12 +126,29 @@ def likelihoods(subject: Subject, reader: Reader, pairs: Sequence[tuple[str, str
         DataError: a continuation cannot be scored.
         ModelError: the model computes NaN.
     """
+    return token_likelihoods(subject, reader.longest, [reader.pair(*pair) for pair in pairs])
+
+
+def token_likelihoods(
+    subject: Subject, longest: int, pairs: Sequence[tuple[list[int], list[int]]]
+) -> list[Likelihood]:
+    """The likelihood of the second part of each pair of tokens given the first, neither of them empty.
+
+    What goes in is run once where second parts differ in their last token alone.
+
+    Args:
+        subject: whose session is a language model.
+        longest: tokens that the model reads at once; what is longer loses its beginning.
+        pairs: contexts and continuations.
+
+    Raises:
+        ModelError: the model computes NaN.
+    """
     wanted: list[list[int]] = []
     users: dict[tuple[int, ...], list[int]] = {}
-    for number, (context, continuation) in enumerate(pairs):
-        before, after = reader.pair(context, continuation)
+    for number, (before, after) in enumerate(pairs):
         wanted.append(after)
-        users.setdefault(tuple([*before, *after][-(reader.longest + 1) : -1]), []).append(number)
+        users.setdefault(tuple([*before, *after][-(longest + 1) : -1]), []).append(number)
     found: list[Likelihood | None] = [None] * len(pairs)
     inputs = list(users)
 

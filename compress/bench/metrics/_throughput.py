@@ -1,21 +1,18 @@
 """Rates, timed in every launch at the experiment's own shape or at a further one."""
 
 import re
-import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from compress.bench.clock import Timing
 from compress.bench.metrics import Metric, Quantity, Stage, Subject
 from compress.core.errors import UsageError
 from compress.core.measurement import Measurement
-from compress.runtimes import Session
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,48 +54,60 @@ class Throughput(Metric):
     stage = Stage.TIMING
 
     def __init__(self, shape: str = "") -> None:
-        own, further = type(self).quantities
         self._shape = Shape.of(shape) if shape else None
-        self.quantities = (further.of(shape) if shape else own,)
+        self.quantities = tuple(
+            quantity.of(shape) if shape else quantity
+            for quantity in type(self).quantities
+            if ("*" in quantity.name) == bool(shape)
+        )
 
     def measure(self, subject: Subject) -> dict[str, Measurement]:
         """A warm-up, and then the timed iterations, all at the same shape."""
-        (rate,) = self.quantities
+        rate = self.quantities[0]
         shape, material = self._shape, subject.given
         prompts = material.prompts if shape is None else material.prompts_of(shape.batch, shape.length)
         iterate = self.iteration(subject, prompts)
         iterate()
-        rates = []
+        rates, timings = [], []
+        doubts: dict[str, str] = {}
+        wanted = self.amount(subject, prompts)
         for _ in range(subject.options.repeats):
-            done, seconds = iterate()
-            wanted = self.amount(subject, prompts)
+            done, timing = iterate()
+            timings.append(timing)
+            if timing.disagreement is not None:
+                doubts.setdefault("clocks", timing.disagreement)
             if done != wanted:
-                return {rate.name: rate.missing(f"gave {done} instead of {wanted} ({rate.unit})")}
-            rates.append(done / seconds)
+                doubts.setdefault("work", f"a shortened output: {done} instead of {wanted} ({rate.unit})")
+            if done > 0:
+                rates.append(done / timing.seconds)
+        if any(timing.device_seconds is not None for timing in timings):
+            subject.observed[rate.name] = {
+                "wall_seconds": [timing.seconds for timing in timings],
+                "device_seconds": [timing.device_seconds for timing in timings],
+            }
         conditions = self.conditions(subject, prompts)
-        return {rate.name: rate.sampled(rates, "geometric-mean", conditions=conditions)}
+        found = {rate.name: rate.sampled(rates, "geometric-mean", conditions=conditions)}
+        further, more = self.checked(subject, prompts, rates)
+        found |= further
+        if not (doubts or more):
+            return found
+        reason = "; ".join([*doubts.values(), *more])
+        return {name: measurement.doubted(reason) for name, measurement in found.items()}
 
     @abstractmethod
-    def iteration(self, subject: Subject, prompts: "Tensor") -> Callable[[], tuple[int, float]]:
-        """What is done again and again: it gives how much was done, and the seconds that it took."""
+    def iteration(self, subject: Subject, prompts: "Tensor") -> Callable[[], tuple[int, Timing]]:
+        """What is done again and again: it gives how much was done, and how long that took."""
 
     @abstractmethod
     def amount(self, subject: Subject, prompts: "Tensor") -> int:
         """How much an iteration has to do, in the unit of the rate."""
 
     @abstractmethod
+    def checked(
+        self, subject: Subject, prompts: "Tensor", rates: Sequence[float]
+    ) -> tuple[dict[str, Measurement], list[str]]:
+        """Further quantities that follow from the rates, and why the rates cannot be."""
+
+    @abstractmethod
     def conditions(self, subject: Subject, prompts: "Tensor") -> dict[str, Any]:
         """The shape, for the record."""
-
-
-def timed(session: Session, work: Callable[[], T]) -> tuple[float, T]:
-    """Seconds that some work took, the device's own included, and what it gave.
-
-    A device works on behind the caller's back, so it is waited for before the clock starts and before it
-    stops.
-    """
-    session.synchronize()
-    start = time.perf_counter()
-    result = work()
-    session.synchronize()
-    return time.perf_counter() - start, result

@@ -3,7 +3,9 @@
 Read after decoding (or encoding) at the timed shape, in a process that did nothing else. Anonymous memory
 is what the process owns; file-backed memory are mapped weights that the system may drop and read again.
 What the imports alone need is told apart, or small models would all look alike. Where a cgroup may be made,
-its peak says what a container would need, page cache included.
+its peak says what a container would need, page cache included. On a GPU, allocated memory is what tensors
+take, reserved memory what torch keeps for them, and the process's memory holds the context and the kernels
+as well: this is what must fit.
 """
 
 import re
@@ -26,6 +28,8 @@ CHARGED = Quantity("memory.cgroup_peak_bytes", "peak of a memory cgroup", "B", "
 WEIGHTS = Quantity("memory.weight_bytes", "weights in memory", "B", "lower")
 ALLOCATED = Quantity("memory.device_allocated_bytes", "GPU memory allocated", "B", "lower")
 RESERVED = Quantity("memory.device_reserved_bytes", "GPU memory reserved", "B", "lower", shown=False)
+PROCESS = Quantity("memory.device_process_bytes", "GPU memory of the process", "B", "lower")
+_DEVICE: Final = (ALLOCATED, RESERVED, PROCESS)
 
 _STATUS: Final = Path("/proc/self/status")
 _ROWS: Final = {"VmHWM": "peak", "VmRSS": "resident", "RssAnon": "anonymous", "RssFile": "file_backed"}
@@ -37,7 +41,7 @@ class Memory(Metric):
 
     title = "memory"
     stage = Stage.MEMORY
-    quantities = (PEAK, ABOVE_IMPORTS, ANONYMOUS, FILE_BACKED, CHARGED, WEIGHTS, ALLOCATED, RESERVED)
+    quantities = (PEAK, ABOVE_IMPORTS, ANONYMOUS, FILE_BACKED, CHARGED, WEIGHTS, *_DEVICE)
 
     def measure(self, subject: Subject) -> dict[str, Measurement]:
         """After one pass over the timed shape."""
@@ -57,14 +61,28 @@ class Memory(Metric):
         found[ABOVE_IMPORTS.name] = _known(ABOVE_IMPORTS, above, shape)
         found[CHARGED.name] = _charged(subject, shape)
         found[WEIGHTS.name] = WEIGHTS.exact(session.facts["weight_bytes"])
-        on_cuda = str(session.facts.get("device", "")).startswith("cuda")
-        for quantity, read in (
-            (ALLOCATED, torch.cuda.max_memory_allocated),
-            (RESERVED, torch.cuda.max_memory_reserved),
-        ):
+        device = str(session.facts.get("device", ""))
+        if not device.startswith("cuda"):
             reason = "the model does not run on a GPU"
-            found[quantity.name] = quantity.exact(read(), shape) if on_cuda else quantity.missing(reason)
-        return found
+            return found | {quantity.name: quantity.missing(reason) for quantity in _DEVICE}
+        return found | _on_gpu(subject, torch.cuda.memory_stats(device), shape)
+
+
+def _on_gpu(
+    subject: Subject, statistics: Mapping[str, int], shape: Mapping[str, int]
+) -> dict[str, Measurement]:
+    """Peaks of torch's allocator, and what the driver counts for the process now.
+
+    The allocator gives nothing back by itself, so the process holds its peak until it ends.
+    """
+    found = {
+        quantity.name: quantity.exact(statistics[f"{kind}_bytes.all.peak"], shape)
+        for quantity, kind in ((ALLOCATED, "allocated"), (RESERVED, "reserved"))
+    }
+    tenants = subject.tenants
+    held = tenants if isinstance(tenants, str) else tenants.own_bytes()
+    found[PROCESS.name] = PROCESS.missing(held) if isinstance(held, str) else PROCESS.exact(held, shape)
+    return found
 
 
 def _known(quantity: Quantity, value: int | None, shape: Mapping[str, int]) -> Measurement:

@@ -1,11 +1,12 @@
 """The report as Markdown: verdicts first, then the table, then under which conditions it holds."""
 
 import json
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from compress.bench.metrics import described
 from compress.bench.report.rows import Table, change, table
-from compress.bench.results import ArmResult, Results
+from compress.bench.results import ArmResult, Launch, Results
 from compress.models.tasks import TASKS
 
 LARGEST: Final = 60_000
@@ -24,6 +25,7 @@ def markdown(results: Results) -> str:
         f"In brackets: change against BEFORE, with one-sided bounds of {confidence} each, and the smallest "
         "change that a sample of this size shows four times in five.",
         *_noise(results),
+        *_launches(results),
         *_flips(results),
         *_arms(results),
         *_protocols(results),
@@ -77,6 +79,44 @@ def _noise(results: Results) -> list[str]:
     head = ["| | arm | change |", "|---|---|---|"]
     words = "BEFORE against itself, launched twice in each round: smaller changes than these are noise."
     return ["## Noise floor", words, "\n".join([*head, *rows])]
+
+
+def _launches(results: Results) -> list[str]:
+    """What was seen around the timed launches, and which of them cannot be trusted."""
+    watched = [launch for arm in results.arms for launch in arm.launches]
+    if not watched:
+        return []
+    lines = []
+    steal = [share for launch in watched if isinstance(share := launch.conditions.get("steal_share"), float)]
+    if steal:
+        lines.append(
+            f"- the host stole {min(steal):.1%} to {max(steal):.1%} of the processor time that was wanted"
+        )
+    gpu = [found for launch in watched if isinstance(found := launch.conditions.get("gpu"), dict)]
+    capped = sum(found.get("power_cap") is True for found in gpu)
+    if capped:
+        lines.append(f"- the GPU was at its power limit in {capped} of {len(gpu)} launches")
+    lines += [f"- {_escaped(text)}" for text in dict.fromkeys(_unwatched(watched))]
+    doubted: dict[tuple[str, int, str], list[str]] = {}
+    for arm in results.arms:
+        for name, measurement in arm.measurements.items():
+            for number, reason in measurement.distrust.items():
+                doubted.setdefault((arm.name, number + 1, reason), []).append(name)
+    lines += [
+        f"- launch {number} of {_escaped(arm)} is **not trusted** ({_escaped(', '.join(names))}): "
+        f"{_escaped(reason)}"
+        for (arm, number, reason), names in doubted.items()
+    ]
+    return ["## Launches", "\n".join(lines)] if lines else []
+
+
+def _unwatched(launches: Sequence[Launch]) -> Iterator[str]:
+    """What could not be watched, and why."""
+    for launch in launches:
+        own = launch.conditions
+        for name, value in (*own.items(), *(own.get("gpu") or {}).items()):
+            if isinstance(value, str):
+                yield f"{name.replace('_', ' ')}: {value}"
 
 
 def _flips(results: Results) -> list[str]:

@@ -46,7 +46,7 @@ def table(results: Results, *, everything: bool = False) -> Table:
     arms = [arm for arm in results.arms if arm.role != "again"]
     rows = []
     names = [name for arm in arms for name in arm.measurements]
-    for name, quantity in described(names, [*TASKS[results.task].metrics, "suite"]).items():
+    for name, quantity in described(names, [*TASKS[results.task].metrics, "suite", "lm_eval"]).items():
         measured = [arm.measurements.get(name) for arm in arms]
         running = [m for arm, m in zip(arms, measured, strict=True) if "unavailable" not in arm.facts]
         # What does not apply to the task is n/a for an arm that could not run, and nothing for the others.
@@ -65,7 +65,7 @@ def table(results: Results, *, everything: bool = False) -> Table:
 
 def _worth_saying(quantity: Quantity) -> bool:
     """Rows that no arm has a value for are left out where that is a matter of course."""
-    return not quantity.name.startswith(("memory.device_", "size.", "perplexity."))
+    return not quantity.name.startswith(("memory.device_", "size.", "perplexity.", "decode.bandwidth"))
 
 
 def _cell(
@@ -78,8 +78,14 @@ def _cell(
     if measurement is None:
         return ""
     if measurement.value is None:
-        return f"n/a {notes.mark(measurement.reason or 'no reason was given')}"
+        word = "INVALID" if measurement.invalid else "n/a"
+        return f"{word} {notes.mark(measurement.reason or 'no reason was given')}"
     text = number(measurement.value, quantity.unit)
+    if measurement.distrust:
+        reasons = "; ".join(dict.fromkeys(measurement.distrust.values()))
+        launches = len({*(measurement.clusters or ()), *measurement.distrust})
+        left_out = f"without {len(measurement.distrust)} of {launches} launches that cannot be trusted"
+        text = f"{text} {notes.mark(f'{left_out}: {reasons}')}"
     if arm.role == "before" or entry is None:
         return text
     return f"{text} ({found})" if (found := told(entry, quantity, measurement)) else text
