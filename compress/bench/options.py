@@ -16,7 +16,6 @@ from pydantic import (
 )
 
 from compress.core.passes import invalid
-from compress.data.suites import expand
 
 
 @final
@@ -118,6 +117,9 @@ class Options(BaseModel):
     @classmethod
     def _one_by_one(cls, suites: tuple[str, ...]) -> tuple[str, ...]:
         """The suites that a name stands for, so that each is scored, stored and named by itself."""
+        # A help page lists these settings and reads no suite.
+        from compress.data.suites import expand
+
         return expand(suites)
 
     @classmethod

@@ -17,7 +17,7 @@ from typer.main import get_command
 from compress import __version__
 from compress.cli import commands, failures, from_pass
 from compress.core.errors import UsageError, did_you_mean
-from compress.core.passes import FAMILIES, names
+from compress.core.passes import FAMILIES, names, own_names
 
 if TYPE_CHECKING:
     from compress.cli.flags import Command, Context, HelpFormatter
@@ -51,6 +51,8 @@ class Root(TyperGroup):
 
     def get_command(self, ctx: "Context", cmd_name: str) -> "Command | None":
         """The command of a name."""
+        if cmd_name in self.commands and (cmd_name not in FAMILIES or _own(cmd_name)):
+            return super().get_command(ctx, cmd_name)
         known = self.list_commands(ctx)
         if cmd_name in FAMILIES and cmd_name not in known and not ctx.resilient_parsing:
             raise UsageError(f"there is no {cmd_name} method", "`compress methods` lists what there is")
@@ -67,7 +69,7 @@ class Family(TyperGroup):
 
     def get_command(self, ctx: "Context", cmd_name: str) -> "Command | None":
         """The command of a method."""
-        known = _knows(ctx, cmd_name, self.list_commands(ctx))
+        known = cmd_name in _own(str(self.name)) or _knows(ctx, cmd_name, self.list_commands(ctx))
         return get_command(from_pass.application(f"{self.name}.{cmd_name}")) if known else None
 
     def format_commands(self, ctx: "Context", formatter: "HelpFormatter") -> None:
@@ -75,6 +77,11 @@ class Family(TyperGroup):
         with formatter.section("Commands"):
             methods = self.list_commands(ctx)
             formatter.write_dl([(method, from_pass.title(f"{self.name}.{method}")) for method in methods])
+
+
+def _own(family: str) -> list[str]:
+    """Short names of our own methods of a family: to run one of them, no other package is looked into."""
+    return [name.partition(".")[2] for name in own_names() if name.startswith(f"{family}.")]
 
 
 def _methods(ctx: "Context", family: str) -> list[str]:

@@ -137,6 +137,11 @@ def _foreign_entries() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
 
 
+def own_names() -> list[str]:
+    """The names of our own methods: what is known without looking into other packages."""
+    return sorted(_own_names())
+
+
 def names() -> list[str]:
     """The names of all methods, own and foreign, without importing any."""
     return sorted({*_own_names(), *_foreign_entries()})
