@@ -27,10 +27,10 @@ from compress.bench.environment import describe
 from compress.bench.material import prepare
 from compress.bench.metrics import Subject
 from compress.bench.metrics.decode import Decode
-from compress.bench.options import Options
 from compress.bench.results import merged
 from compress.bench.statistics import effect
 from compress.core.artifact import Artifact
+from compress.core.bench import Bench
 from compress.core.gate import Gate, Judgement
 from compress.core.measurement import Measurement
 from compress.data.corpora import documents
@@ -56,7 +56,7 @@ def bare_seconds(model: PreTrainedModel, prompt: torch.Tensor, steps: int) -> fl
     return time.perf_counter() - started
 
 
-def one_launch(folder: Path, text: str, options: Options, iterations: int, seed: int) -> dict[str, Any]:
+def one_launch(folder: Path, text: str, options: Bench, iterations: int, seed: int) -> dict[str, Any]:
     """Seconds of every iteration of each arm in this process, as measurements in JSON."""
     artifact = Artifact.open(folder)
     task = resolve("auto", artifact.config)
@@ -110,7 +110,7 @@ def judged(before: Measurement, after: Measurement, names: tuple[str, str]) -> J
 
 def summarised(launches: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
     arms = {arm: merged([one[arm] for one in launches]) for arm in ARMS}
-    options = Options()
+    options = Bench()
     return {
         "command": ["python", "benchmarks/overhead.py", *sys.argv[1:]],
         "environment": describe("cpu", arguments.threads),
@@ -165,7 +165,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.launch is not None:
         torch.set_num_threads(arguments.threads)
-        options = Options(threads=arguments.threads)
+        options = Bench(threads=arguments.threads)
         found = one_launch(arguments.model, arguments.text, options, arguments.iterations, arguments.launch)
         print(json.dumps(found))
         return

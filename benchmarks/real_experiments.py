@@ -19,9 +19,9 @@ from resampling import Launch, Role, Round
 from compress.bench import isolate
 from compress.bench.experiment import compare
 from compress.bench.metrics import Stage
-from compress.bench.options import Options
 from compress.bench.results import Results
 from compress.core.artifact import Artifact
+from compress.core.bench import Bench
 from compress.core.gate import Gate
 from compress.data.suites import suite_name
 
@@ -66,7 +66,7 @@ class Plan:
     text: Path
     suite: Path
     work: Path
-    options: Options
+    options: Bench
     changed_options: Mapping[str, Any]
     runs: int
     scored: int
@@ -185,7 +185,7 @@ class Measuring:
         gates = (gate(f"suite.{self.plan.suite_name}.accuracy", 0),)
         return self._run("changed", candidates, gates, options, frozenset({"memory", "timing"}))
 
-    def _options(self, **different: Any) -> Options:
+    def _options(self, **different: Any) -> Bench:
         return self.plan.options.model_copy(update=different)
 
     def _run(
@@ -193,7 +193,7 @@ class Measuring:
         name: str,
         candidates: Mapping[str, Sequence[str]],
         gates: Sequence[Gate],
-        options: Options,
+        options: Bench,
         share: frozenset[str],
     ) -> Path:
         """One experiment.

@@ -21,8 +21,8 @@ import numpy as np
 from scipy import stats
 
 from compress.bench.judging import judge
-from compress.bench.options import Options
 from compress.bench.results import ArmResult, merged
+from compress.core.bench import Bench
 from compress.core.gate import Gate, Verdict
 from compress.core.measurement import Measurement
 
@@ -109,7 +109,7 @@ class Share:
         return "yes" if low >= (at_least or 0.0) else "no" if high < (at_least or 0.0) else "not shown"
 
 
-def experiment(gate: Gate, draw: Draw, options: Options, overhead: float) -> Outcome:
+def experiment(gate: Gate, draw: Draw, options: Bench, overhead: float) -> Outcome:
     """One experiment on one gate, with further looks as `compress.bench.experiment` makes them.
 
     Args:
@@ -158,7 +158,7 @@ def drawn(rounds: Sequence[Round], same: Sequence[Role], generator: random.Rando
     return {**found, **{role: found[place] for role, place in zip(same, places, strict=True)}}
 
 
-def consecutive(rounds: Sequence[Round], gate: Gate, options: Options, overhead: float) -> Tally:
+def consecutive(rounds: Sequence[Round], gate: Gate, options: Bench, overhead: float) -> Tally:
     """Experiments on rounds in the order in which they were measured, one from each round on.
 
     Nothing is drawn and nobody trades places, so that what drifts with time stays in. They overlap.
@@ -175,7 +175,7 @@ def _chunk(
     rounds: Sequence[Round],
     same: Sequence[Role],
     gate: Gate,
-    options: Options,
+    options: Bench,
     overhead: float,
     numbers: range,
 ) -> Counter[Outcome]:
@@ -193,7 +193,7 @@ def resampled(
     rounds: Sequence[Round],
     same: Sequence[Role],
     gate: Gate,
-    options: Options,
+    options: Bench,
     overhead: float,
     experiments: int,
     executor: Executor,
@@ -228,7 +228,7 @@ def answered(
     before: Sequence[float],
     after: Sequence[float],
     gate: Gate,
-    options: Options,
+    options: Bench,
     examples: int,
     experiments: int,
     executor: Executor,
@@ -261,7 +261,7 @@ def answered(
 
 
 def _verdict_on_changes(
-    gate: Gate, options: Options, examples: int, right: int, changes: tuple[int, int]
+    gate: Gate, options: Bench, examples: int, right: int, changes: tuple[int, int]
 ) -> Verdict:
     """The verdict where so many answers changed from right to wrong and from wrong to right."""
     lost, won = changes

@@ -74,9 +74,9 @@ from verdicts_report import render
 
 from compress.bench.judging import judge_again
 from compress.bench.metrics import Stage
-from compress.bench.options import Options
 from compress.bench.results import Results
 from compress.bench.statistics import effect
+from compress.core.bench import Bench
 from compress.core.gate import Gate
 
 SHARED: Final = Path(os.environ.get("COMPRESS_SHARED", REPOSITORY.parent / "shared"))
@@ -100,7 +100,7 @@ def noise_of(rounds: Sequence[Round], metric: str) -> dict[str, float]:
     }
 
 
-def slowdown_of(rounds: Sequence[Round], metric: str, delay: float, options: Options) -> dict[str, Any]:
+def slowdown_of(rounds: Sequence[Round], metric: str, delay: float, options: Bench) -> dict[str, Any]:
     """How much longer the candidate really took, over all rounds, beside what was planted."""
     before, after, _ = arms_of(rounds, metric)
     values = after.measurements[metric], before.measurements[metric]
@@ -325,12 +325,12 @@ def read_plan() -> tuple[Plan, Path]:
     parser.add_argument("--experiments", type=int, default=10_000, help="drawn A/A experiments of each gate")
     parser.add_argument("--planted-experiments", type=int, default=2_000)
     parser.add_argument("--answer-experiments", type=int, default=400)
-    parser.add_argument("--launches", type=int, default=Options().launches)
-    parser.add_argument("--budget", type=float, default=Options().budget, help="seconds of a bench")
+    parser.add_argument("--launches", type=int, default=Bench().launches)
+    parser.add_argument("--budget", type=float, default=Bench().budget, help="seconds of a bench")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it works")
     given = parser.parse_args()
-    options = Options(launches=given.launches, budget=given.budget, threads=given.threads)
+    options = Bench(launches=given.launches, budget=given.budget, threads=given.threads)
     quick: bool = given.quick
     if quick:
         options = options.model_copy(
@@ -350,7 +350,7 @@ def read_plan() -> tuple[Plan, Path]:
         experiments=100 if quick else given.experiments,
         planted_experiments=100 if quick else given.planted_experiments,
         answer_experiments=50 if quick else given.answer_experiments,
-        processes=given.threads,
+        processes=len(os.sched_getaffinity(0)),
         quick=quick,
     )
     return plan, given.report / "quick" if quick else given.report

@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compress.core.artifact import Artifact
+    from compress.core.bench import Bench
     from compress.core.errors import CompressError
     from compress.core.passes import Pass, build, find, names
-    from compress.core.recipe import Bench, Data, Recipe, Step
+    from compress.core.recipe import Data, Recipe, Step
     from compress.engine import inspect, run, verify
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Artifact": "compress.core.artifact",
-    "Bench": "compress.core.recipe",
+    "Bench": "compress.core.bench",
     "CompressError": "compress.core.errors",
     "Data": "compress.core.recipe",
     "Pass": "compress.core.passes",

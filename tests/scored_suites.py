@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.bench.metrics import Subject, find
-from compress.bench.options import Options
 from compress.core.artifact import Artifact
+from compress.core.bench import Bench
 from compress.core.measurement import Measurement
 from compress.models.tasks import resolve
 from compress.runtimes import Placement
@@ -23,7 +23,7 @@ def subject(folder: Path, **options: Any) -> Subject:
     artifact = Artifact.open(folder)
     task = resolve("auto", artifact.config)
     session = find_runtime("torch-eager").load(artifact, task, Placement(dtype="float32"))
-    return Subject(artifact=artifact, task=task, options=Options(**options), session=session)
+    return Subject(artifact=artifact, task=task, options=Bench(**options), session=session)
 
 
 def score(folder: Path, suite: Path, **options: Any) -> dict[str, Measurement]:

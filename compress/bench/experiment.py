@@ -23,8 +23,7 @@ from compress.bench.environment import describe, holds_context
 from compress.bench.flips import flips_of
 from compress.bench.judging import compare_arms, judge
 from compress.bench.material import Material, prepare
-from compress.bench.metrics import Stage, Subject, examples_of, find, metrics_of, quantities
-from compress.bench.options import Options
+from compress.bench.metrics import Stage, Subject, examples_of, find, metrics_of, quantities, suites_of
 from compress.bench.report.junit import junit
 from compress.bench.report.markdown import markdown
 from compress.bench.results import (
@@ -39,6 +38,7 @@ from compress.bench.results import (
     write_atomically,
 )
 from compress.core.artifact import Artifact
+from compress.core.bench import Bench
 from compress.core.errors import CompressError, EnvironmentFault, TargetError, UsageError
 from compress.core.events import SILENT, Reporter
 from compress.core.gate import Gate, Verdict, check_metrics
@@ -56,10 +56,9 @@ def compare(
     text: str,
     *,
     task: str = "auto",
-    runtimes: Sequence[str] = ("torch-eager",),
     gates: Sequence[Gate | Mapping[str, Any]] = (),
     reporter: Reporter = SILENT,
-    options: Options | Mapping[str, Any] | None = None,
+    options: Bench | Mapping[str, Any] | None = None,
     runner: Runner = isolate.run,
 ) -> Results:
     """Measure BEFORE and every AFTER and judge the differences.
@@ -70,7 +69,6 @@ def compare(
         out: where ``results.json`` and ``report.md`` go; other files there are left alone.
         text: what to score on, as `compress.data.corpora.documents` takes it.
         task: name of a task, or ``auto`` to take BEFORE's.
-        runtimes: how to run the models; the first is the one that gates mean unless they name another.
         gates: what must hold.
         reporter: who is told what happens.
         options: settings of the experiment.
@@ -83,13 +81,13 @@ def compare(
 
     A model that fails while it is measured raises nothing: its row says how it failed.
     """
-    settings = Options.of(options)
+    settings = Bench.of(options)
     asked = [gate if isinstance(gate, Gate) else Gate.of(gate) for gate in gates]
     if not after:
         raise UsageError("there is no AFTER to compare with BEFORE", "give at least one more model")
-    if not runtimes:
+    if not settings.runtimes:
         raise UsageError("no runtime is given", f"known: {', '.join(runtime_room.names())}")
-    for name in runtimes:
+    for name in settings.runtimes:
         runtime_room.find(name)
     _check_target(out)
     artifacts = [Artifact.open(Path(path)) for path in (before, *after)]
@@ -99,7 +97,7 @@ def compare(
     arms = arms_of(
         artifacts[0],
         artifacts[1:],
-        list(dict.fromkeys(runtimes)),
+        list(dict.fromkeys(settings.runtimes)),
         metrics,
         noise_floor=settings.noise_floor,
     )
@@ -107,7 +105,7 @@ def compare(
     reporter.event("bench.text", source=text)
     texts = documents(text, limit=_most(work, settings))
 
-    def prepared(lengthened: Options) -> dict[Path, Material]:
+    def prepared(lengthened: Bench) -> dict[Path, Material]:
         more = texts if lengthened == settings else documents(text, limit=_most(work, lengthened))
         return {artifact.path: prepare(artifact, work, more, lengthened) for artifact in artifacts}
 
@@ -121,7 +119,7 @@ def compare(
         return experiment.finish(asked)
 
 
-def _most(task: Task, options: Options) -> int:
+def _most(task: Task, options: Bench) -> int:
     """Documents of the text that can be needed at most."""
     return options.tokens if task.generates else options.documents
 
@@ -146,13 +144,13 @@ class _Experiment:
 
     arms: list[Arm]
     task: Task
-    options: Options
+    options: Bench
     out: Path
     text: Mapping[str, Any]
     scratch: Path
     reporter: Reporter
     runner: Runner
-    prepare: Callable[[Options], Mapping[Path, Material]]
+    prepare: Callable[[Bench], Mapping[Path, Material]]
     order: list[str] = field(default_factory=list)
     materials: dict[Path, tuple[Path, Material]] = field(default_factory=dict)
     looks: int = 1
@@ -409,13 +407,13 @@ class _Experiment:
         return results
 
     def _flips(self, arms: Sequence[ArmResult]) -> Iterator[Flips]:
-        suites = [examples_of(source, self.options) for source in self.options.suites]
+        suites = [examples_of(source, self.options) for source in suites_of(self.options)]
         for arm in arms:
             if arm.role == "after":
                 yield from flips_of(baseline(arm, arms), arm, suites)
 
 
-def _device(options: Options) -> str:
+def _device(options: Bench) -> str:
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Final
 
 from compress.bench.arms import baseline, chosen
-from compress.bench.options import Options
 from compress.bench.results import ArmResult, Comparison, Contingency, Results
 from compress.bench.statistics import Incomparable, effect, mcnemar
+from compress.core.bench import Bench
 from compress.core.gate import Gate, Judgement, Verdict, check_metrics
 from compress.core.measurement import Effect, EffectKind, Measurement
 
@@ -14,7 +14,7 @@ LAUNCHES: Final = 2
 """With fewer independent units there is no interval."""
 
 
-def compare_arms(arms: Sequence[ArmResult], options: Options) -> list[Comparison]:
+def compare_arms(arms: Sequence[ArmResult], options: Bench) -> list[Comparison]:
     """Every quantity of every AFTER against its reference, and of every BEFORE against itself."""
     found = []
     for arm in arms:
@@ -28,7 +28,7 @@ def compare_arms(arms: Sequence[ArmResult], options: Options) -> list[Comparison
 
 
 def _comparison(
-    metric: str, before: str, after: str, reference: Measurement | None, value: Measurement, options: Options
+    metric: str, before: str, after: str, reference: Measurement | None, value: Measurement, options: Bench
 ) -> Comparison:
     effects: dict[EffectKind, Effect] = {}
     changed: Contingency | None = None
@@ -52,7 +52,7 @@ def _comparison(
     )
 
 
-def judge(gates: Sequence[Gate], arms: Sequence[ArmResult], options: Options) -> list[Judgement]:
+def judge(gates: Sequence[Gate], arms: Sequence[ArmResult], options: Bench) -> list[Judgement]:
     """Every gate on every pair of arms that it means."""
     return [
         _judged(gate, reference, arm, arms, options)
@@ -71,12 +71,12 @@ def judge_again(results: Results, gates: Sequence[Gate]) -> Results:
         UsageError: a gate on a quantity that was not measured, or on an arm that there is not.
     """
     check_metrics(gates, {name for arm in results.arms for name in arm.measurements})
-    options = Options.of(results.options)
+    options = Bench.of(results.options)
     return results.model_copy(update={"judgements": tuple(judge(gates, results.arms, options))})
 
 
 def _judged(
-    gate: Gate, before: ArmResult, after: ArmResult, arms: Sequence[ArmResult], options: Options
+    gate: Gate, before: ArmResult, after: ArmResult, arms: Sequence[ArmResult], options: Bench
 ) -> Judgement:
     value, reference = after.measurements.get(gate.metric), before.measurements.get(gate.metric)
     if value is None:
@@ -95,7 +95,7 @@ def _judged(
     return gate.judge(found, value.better, before=before.name, after=after.name)
 
 
-def _effect(gate: Gate, value: Measurement, reference: Measurement | None, options: Options) -> Effect:
+def _effect(gate: Gate, value: Measurement, reference: Measurement | None, options: Bench) -> Effect:
     """The interval that a gate judges, wide enough for all the looks that it may get.
 
     Each look errs with the share of the gate's error that falls to it (Bonferroni), so whichever look
@@ -106,7 +106,7 @@ def _effect(gate: Gate, value: Measurement, reference: Measurement | None, optio
 
 
 def _found(
-    value: Measurement, reference: Measurement | None, kind: EffectKind, confidence: float, options: Options
+    value: Measurement, reference: Measurement | None, kind: EffectKind, confidence: float, options: Bench
 ) -> Effect:
     """An effect from the launches that can be trusted in both arms, so that they still pair.
 
@@ -134,7 +134,7 @@ def _found(
     return found.model_copy(update={"method": said})
 
 
-def _noise(gate: Gate, before: ArmResult, arms: Sequence[ArmResult], options: Options) -> str | None:
+def _noise(gate: Gate, before: ArmResult, arms: Sequence[ArmResult], options: Bench) -> str | None:
     """Why the machine was too unsteady for a gate: BEFORE would not pass it against itself."""
     again = next((arm for arm in arms if arm.role == "again" and arm.runtime == before.runtime), None)
     if again is None or before.role != "before" or gate.test != "non-inferiority":

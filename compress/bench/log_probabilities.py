@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from compress.bench.divergence import Buckets, buckets
 from compress.bench.material import Material
-from compress.bench.options import Options
 from compress.core.artifact import Artifact
+from compress.core.bench import Bench
 from compress.core.errors import DataError, EnvironmentFault
 
 MOST_BYTES: Final = 999
@@ -38,7 +38,7 @@ def kept(vocabulary: int) -> int:
     return min(vocabulary, (MOST_BYTES - _FIXED_BYTES) // (number + 4))
 
 
-def identity(artifact: Artifact, runtime: str, material: Material, options: Options) -> dict[str, Any]:
+def identity(artifact: Artifact, runtime: str, material: Material, options: Bench) -> dict[str, Any]:
     """Of what distributions are: equal identities give equal distributions."""
     protocol = {name: material.protocol.get(name) for name in ("kind", "window", "bos", "targets", "tokens")}
     return {"model": artifact.digest, "runtime": runtime, **protocol, "dtype": options.scoring_dtype}
@@ -204,7 +204,7 @@ class Recorder:
             LogProbabilities(self.identity, self.vocabulary, parts).save(self.file)
 
 
-def check_options(artifact: Artifact, runtime: str, material: Material, options: Options) -> None:
+def check_options(artifact: Artifact, runtime: str, material: Material, options: Bench) -> None:
     """Refuse options that name a file of something else than this reference model, before it is run.
 
     Raises:
@@ -214,7 +214,7 @@ def check_options(artifact: Artifact, runtime: str, material: Material, options:
         check(Path(options.stored_log_probabilities), identity(artifact, runtime, material, options))
 
 
-def stored(artifact: Artifact, runtime: str, material: Material, options: Options) -> LogProbabilities | None:
+def stored(artifact: Artifact, runtime: str, material: Material, options: Bench) -> LogProbabilities | None:
     """A reference model's distributions; none where the options name no file or it is not written yet.
 
     Raises:
@@ -226,7 +226,7 @@ def stored(artifact: Artifact, runtime: str, material: Material, options: Option
     return LogProbabilities.load(Path(options.stored_log_probabilities), expected)
 
 
-def recorder(artifact: Artifact, runtime: str, material: Material, options: Options) -> Recorder | None:
+def recorder(artifact: Artifact, runtime: str, material: Material, options: Bench) -> Recorder | None:
     """What records a reference model's distributions; none where that is not wanted or was done before.
 
     Raises:

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from compress.bench.metrics._throughput import Shape
-from compress.bench.options import Options
 from compress.bench.protocols import Sequences, sequences
 from compress.core.artifact import Artifact
+from compress.core.bench import Bench
 from compress.core.errors import CompressError, DataError, UsageError
 from compress.data.corpora import Documents
 from compress.models.load import tokenizer as load_tokenizer
@@ -113,7 +113,7 @@ class Material:
         ]
 
 
-def prepare(artifact: Artifact, task: Task, documents: Documents, options: Options) -> Material:
+def prepare(artifact: Artifact, task: Task, documents: Documents, options: Bench) -> Material:
     """The material of an experiment, in the words of one model's tokenizer.
 
     A folder without a tokenizer can still be timed, on random tokens; nothing is scored then.
@@ -202,7 +202,7 @@ def _prompts(tokens: torch.Tensor, batch: int, length: int) -> torch.Tensor:
     return tokens.repeat(repeats)[: batch * length].reshape(batch, length)
 
 
-def _prompt_length(artifact: Artifact, task: Task, options: Options) -> int:
+def _prompt_length(artifact: Artifact, task: Task, options: Bench) -> int:
     """The length of the timed prompts, shortened to what the model takes; further shapes are not.
 
     Raises:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Final
 
-from compress.bench.options import Options
+from compress.core.bench import Bench
 from compress.core.errors import DataError, UsageError
 from compress.data.corpora import Documents
 
@@ -66,7 +66,7 @@ class Sequences:
         return [len(tokens) - start for tokens, start in zip(self.tokens, self.starts, strict=True)]
 
 
-def sequences(tokenizer: Any, documents: Documents, options: Options, positions: int | None) -> Sequences:
+def sequences(tokenizer: Any, documents: Documents, options: Bench, positions: int | None) -> Sequences:
     """The sequences of a text under the protocol of the options.
 
     Args:
@@ -103,7 +103,7 @@ def sequences(tokenizer: Any, documents: Documents, options: Options, positions:
     return found
 
 
-def _window(tokenizer: Any, options: Options, positions: int | None) -> int:
+def _window(tokenizer: Any, options: Bench, positions: int | None) -> int:
     if options.protocol == "lm-eval":
         named = int(tokenizer.model_max_length)
         usual = positions or (named if named < _NO_LENGTH else _ROLLING_WINDOW)
@@ -121,7 +121,7 @@ def _window(tokenizer: Any, options: Options, positions: int | None) -> int:
     return window
 
 
-def _beginning(tokenizer: Any, options: Options, usual: bool) -> list[int]:
+def _beginning(tokenizer: Any, options: Bench, usual: bool) -> list[int]:
     """The beginning-of-text token where sequences start with it, else nothing."""
     bos = options.bos if options.bos is not None else usual
     if bos and tokenizer.bos_token_id is None:
@@ -140,7 +140,7 @@ def _plain(tokenizer: Any, text: str) -> list[int]:
     return tokens
 
 
-def _by_document(tokenizer: Any, texts: Sequence[str], window: int, options: Options) -> Sequences:
+def _by_document(tokenizer: Any, texts: Sequence[str], window: int, options: Bench) -> Sequences:
     """Each document by itself, cut at the window, up to a number of tokens in all."""
     before = _beginning(tokenizer, options, usual=tokenizer.bos_token_id is not None)
     found = Sequences(protocol={"bos": bool(before)})
@@ -157,7 +157,7 @@ def _by_document(tokenizer: Any, texts: Sequence[str], window: int, options: Opt
     return found
 
 
-def _of_joined_text(tokenizer: Any, texts: Sequence[str], window: int, options: Options) -> Sequences:
+def _of_joined_text(tokenizer: Any, texts: Sequence[str], window: int, options: Bench) -> Sequences:
     """Disjoint windows of the joined text. A rest that fills no window is left out, unless it is all."""
     halves = options.protocol == "llama.cpp"
     before = _beginning(tokenizer, options, usual=halves and _adds_beginning(tokenizer))
@@ -200,7 +200,7 @@ def _encoded_start(tokenizer: Any, joined: str, most: int) -> tuple[list[int], l
     return tokens[:most], places
 
 
-def _rolling(tokenizer: Any, texts: Sequence[str], window: int, options: Options) -> Sequences:
+def _rolling(tokenizer: Any, texts: Sequence[str], window: int, options: Bench) -> Sequences:
     """Whole documents, up to a number of tokens in all, where the last one is cut between two words."""
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if prefix is None:

@@ -92,16 +92,16 @@ def _measured(request: Mapping[str, Any]) -> dict[str, Any]:
     from compress.bench.material import Material
     from compress.bench.metrics import Stage, Subject, find
     from compress.bench.metrics.memory import host_memory
-    from compress.bench.options import Options
     from compress.bench.validity import Watch
     from compress.core.artifact import Artifact
+    from compress.core.bench import Bench
     from compress.core.facts import Fact
     from compress.models.load import skeleton
     from compress.models.tasks import resolve
     from compress.runtimes import Placement
     from compress.runtimes import find as find_runtime
 
-    options = Options.of(request["options"])
+    options = Bench.of(request["options"])
     artifact = Artifact.open(Path(request["artifact"]))
     task = resolve(request["task"], artifact.config)
     dtype = options.scoring_dtype if request["stage"] == Stage.SCORING else options.dtype

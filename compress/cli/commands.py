@@ -10,15 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.bench.options import Options
 from compress.cli import from_pass
 from compress.cli.flags import FlagCommand, model_flags, part, with_flags
 from compress.cli.start import DATA_FIELDS, RUN_FIELDS, RUN_FLAGS, Debug, Output, RunChoice, start
 from compress.cli.tables import measured_document, measured_text, nested_text, table, verification_text
+from compress.core.bench import Bench
 from compress.core.errors import UsageError
 from compress.core.gate import Gate
 from compress.core.passes import names
-from compress.core.recipe import Bench, Recipe, schema
+from compress.core.recipe import Recipe, schema
 
 RUNS = Path("runs")
 """Where `compress run` writes when it is not told."""
@@ -93,8 +93,7 @@ def run(
 @with_flags(
     *model_flags(Recipe, "Run", ["task"]),
     *model_flags(Recipe, "Experiment", ["gates"]),
-    *model_flags(Bench, "Experiment", ["runtimes"]),
-    *model_flags(Options, "Experiment"),
+    *model_flags(Bench, "Experiment"),
 )
 def bench(
     before: Annotated[str, typer.Argument(help=f"the original: {from_pass.MODEL}")],
@@ -119,10 +118,9 @@ def bench(
         out,
         text,
         task=given.get("task", "auto"),
-        runtimes=given.get("runtimes", Bench().runtimes),
         gates=(*gates_of(gates_file), *(Gate.of(gate) for gate in given.get("gates", ()))),
         reporter=output.reporter(),
-        options=Options.of(part(given, Options.model_fields)),
+        options=Bench.of(part(given, Bench.model_fields)),
     )
     document = {"event": "result", "folder": str(out), **measured_document(results)}
     output.say(measured_text(results), {**document, "exit_code": results.exit_code})

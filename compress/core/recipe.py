@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from compress.core.bench import Bench
 from compress.core.errors import CompressError, UsageError, did_you_mean
 from compress.core.gate import Arms, Gate
 from compress.core.passes import Pass, build, find, invalid, name_of, names
@@ -98,20 +99,6 @@ class Data(BaseModel):
     samples: PositiveInt = Field(default=128, description="calibration sequences")
     sequence_length: PositiveInt = Field(default=512, description="tokens in each calibration sequence")
     batch_size: PositiveInt = Field(default=8, description="calibration sequences in one forward pass")
-
-
-@final
-class Bench(BaseModel):
-    """What the before/after report measures; a recipe without it compresses and measures nothing."""
-
-    model_config = _STRICT
-
-    runtimes: tuple[str, ...] = Field(
-        default=("torch-eager",), description="how the models are run when they are measured"
-    )
-    options: Mapping[str, Any] = Field(
-        default_factory=dict, description="settings of the experiment (repetitions, prompt length, ...)"
-    )
 
 
 @final
@@ -213,6 +200,17 @@ class Recipe(BaseModel):
         document["steps"] = [step.document() for step in self.steps]
         ordered = {name: document[name] for name in Recipe.model_fields}
         return yaml_text.dump(_without_absent(ordered))
+
+    @property
+    def experiment(self) -> Bench | None:
+        """The bench; what it leaves open and the recipe says for the whole run holds for it as well."""
+        if self.bench is None:
+            return None
+        shared = ("seed", "device", "threads", "trust_remote_code")
+        said = {name: getattr(self, name) for name in shared if name in self.model_fields_set}
+        return self.bench.model_copy(
+            update={name: value for name, value in said.items() if name not in self.bench.model_fields_set}
+        )
 
     def _as_given(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_unset=True)

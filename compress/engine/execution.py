@@ -185,8 +185,8 @@ def _write_run_file(partial: Path, planned: Plan, step: PlannedStep, started: fl
 
 
 def _measure(planned: Plan, artifacts: list[Path]) -> Any:
-    bench = planned.recipe.bench
-    if bench is None or planned.recipe.data.eval is None:
+    experiment = planned.recipe.experiment
+    if experiment is None or planned.recipe.data.eval is None:
         return None
     from compress.bench.experiment import compare
 
@@ -196,8 +196,7 @@ def _measure(planned: Plan, artifacts: list[Path]) -> Any:
         planned.folder.path,
         planned.recipe.data.eval,
         task=planned.recipe.task,
-        runtimes=bench.runtimes,
         gates=planned.recipe.gates,
         reporter=planned.reporter,
-        options=bench.options,
+        options=experiment,
     )

@@ -203,18 +203,17 @@ def _check_texts(recipe: Recipe, source: Artifact, run: Run) -> None:
 
 def _check_bench(recipe: Recipe, source: Artifact) -> None:
     """Refuse now what the benchmark would refuse after hours of compressing."""
-    if recipe.bench is None:
+    experiment = recipe.experiment
+    if experiment is None:
         return
     from compress import runtimes
     from compress.bench.metrics import metrics_of, quantities
-    from compress.bench.options import Options
     from compress.core.gate import check_metrics
     from compress.models.tasks import resolve
 
-    options = Options.of(recipe.bench.options)
-    for name in recipe.bench.runtimes:
+    for name in experiment.runtimes:
         runtimes.find(name)
-    metrics = metrics_of(resolve(recipe.task, source.config), options)
+    metrics = metrics_of(resolve(recipe.task, source.config), experiment)
     check_metrics(recipe.gates, quantities(metrics))
 
 

@@ -57,9 +57,8 @@ def results(before: Path, after: Path, text: Path, tmp_path_factory: pytest.Temp
         [after],
         out,
         str(text),
-        runtimes=("torch-eager", "torch-int4"),
         gates=GATES,
-        options=SMALL,
+        options={**SMALL, "runtimes": ("torch-eager", "torch-int4")},
         runner=in_process,
     )
     assert sorted(path.name for path in out.iterdir()) == ["junit.xml", "report.md", "results.json"]
@@ -190,7 +189,7 @@ def test_what_cannot_begin_says_so_and_measures_nothing(
         compare(before, text=str(text), runner=never, **given)
 
     with pytest.raises(UsageError, match="did you mean 'torch-int4'"):
-        attempt(runtimes=("torch-int8",))
+        attempt(options={**SMALL, "runtimes": ("torch-int8",)})
     with pytest.raises(UsageError, match="did you mean 'perplexity'"):
         attempt(gates=[{"metric": "perplexities", "test": "superiority"}])
     with pytest.raises(UsageError, match="no arm is called"):
@@ -206,12 +205,12 @@ def test_what_cannot_begin_says_so_and_measures_nothing(
 
 def test_the_worker_answers_from_its_own_process(before: Path, text: Path, tmp_path: Path) -> None:
     from compress.bench.material import prepare
-    from compress.bench.options import Options
     from compress.core.artifact import Artifact
+    from compress.core.bench import Bench
     from compress.data.corpora import documents
     from compress.models.tasks import TASKS
 
-    options = Options.of(SMALL)
+    options = Bench.of(SMALL)
     task = TASKS["text-generation"]
     file = tmp_path / "material.safetensors"
     prepare(Artifact.open(before), task, documents(str(text)), options).save(file)
@@ -262,9 +261,8 @@ def test_an_encoder_has_its_own_quantities(tmp_path: Path, text: Path) -> None:
         [after],
         tmp_path / "out",
         str(text),
-        runtimes=("torch-eager", "torch-int4"),
         gates=[{"metric": "fidelity.cosine", "test": "bound", "at_least": 0.5}],
-        options=SMALL,
+        options={**SMALL, "runtimes": ("torch-eager", "torch-int4")},
         runner=in_process,
     )
     assert found.task == "feature-extraction"

@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 
 from compress.bench.judging import compare_arms, judge
-from compress.bench.options import Options
 from compress.bench.results import ArmResult
 from compress.bench.statistics import effect
+from compress.core.bench import Bench
 from compress.core.gate import NO_BASELINE, Gate, Judgement
 from compress.core.measurement import Measurement
 
 METRIC = "decode.tokens_per_second"
-OPTIONS = Options(budget=0, resamples=200)
+OPTIONS = Bench(budget=0, resamples=200)
 GATE = Gate.of({"metric": METRIC, "test": "non-inferiority", "margin": "10%"})
 RATES = {"before": (100.0, 102.0, 98.0, 101.0), "after": (99.0, 101.0, 10.0, 100.0)}
 

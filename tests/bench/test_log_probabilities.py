@@ -14,8 +14,8 @@ from compress.bench.experiment import compare
 from compress.bench.isolate import Reply
 from compress.bench.log_probabilities import LogProbabilities, Recorder, check, kept
 from compress.bench.material import prepare
-from compress.bench.options import Options
 from compress.core.artifact import Artifact
+from compress.core.bench import Bench
 from compress.core.errors import DataError
 from compress.data.corpora import documents
 from compress.models.tasks import TASKS
@@ -90,7 +90,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         LogProbabilities.load(file, WHOSE)
 
 
-def asked(folder: Path, material: Path, options: Options, **more: Any) -> dict[str, Any]:
+def asked(folder: Path, material: Path, options: Bench, **more: Any) -> dict[str, Any]:
     threads = torch.get_num_threads()
     try:
         return worker.answer(
@@ -113,8 +113,8 @@ def asked(folder: Path, material: Path, options: Options, **more: Any) -> dict[s
 
 def test_before_is_not_run_again(before: Path, after: Path, text: Path, tmp_path: Path) -> None:
     file = tmp_path / "stored.safetensors"
-    exact = Options(window=32, tokens=320)
-    options = Options(window=32, tokens=320, stored_log_probabilities=str(file))
+    exact = Bench(window=32, tokens=320)
+    options = Bench(window=32, tokens=320, stored_log_probabilities=str(file))
     material = tmp_path / "material.safetensors"
     prepare(Artifact.open(before), TASKS["text-generation"], documents(str(text)), options).save(material)
     beside = {"reference": str(before), "reference_runtime": "torch-eager"}
@@ -151,11 +151,9 @@ def test_an_experiment_stores_once_and_reads_after(
             torch.set_num_threads(threads)
 
     small = {"launches": 1, "repeats": 1, "prompt_length": 8, "new_tokens": 2, "tokens": 256, "threads": 1}
-    options = {**small, "window": 32, "stored_log_probabilities": str(file)}
     runtimes = ("torch-eager", "torch-int4")
-    found = compare(
-        before, [after], tmp_path / "out", str(text), runtimes=runtimes, options=options, runner=in_process
-    )
+    options = {**small, "window": 32, "stored_log_probabilities": str(file), "runtimes": runtimes}
+    found = compare(before, [after], tmp_path / "out", str(text), options=options, runner=in_process)
     for name in ("after@torch-eager", "after@torch-int4"):
         assert found.arm(name).measurements["fidelity.kl"].conditions["divergence"].startswith("lower bound")
     assert found.arm("before@torch-eager").measurements["fidelity.kl"].reason == "this arm is the reference"

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoTokenizer
 
 from compress.bench.material import Material, prepare
-from compress.bench.options import Options
 from compress.core.artifact import Artifact
+from compress.core.bench import Bench
 from compress.core.errors import DataError, UsageError
 from compress.data.corpora import documents
 from compress.models.tasks import TASKS
@@ -19,7 +19,7 @@ from tests import models_zoo, quantized_models
 
 
 def made(folder: Path, text: Path, task: str = "text-generation", **options: Any) -> Material:
-    return prepare(Artifact.open(folder), TASKS[task], documents(str(text)), Options(**options))
+    return prepare(Artifact.open(folder), TASKS[task], documents(str(text)), Bench(**options))
 
 
 def test_windows_are_the_joined_text_cut_without_gap_or_overlap(before: Path, text: Path) -> None:

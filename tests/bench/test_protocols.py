@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from compress.bench.material import Material, prepare
-from compress.bench.options import Options
 from compress.bench.protocols import rolled
 from compress.bench.statistics import Incomparable, effect
 from compress.core.artifact import Artifact
+from compress.core.bench import Bench
 from compress.core.errors import DataError, UsageError
 from compress.core.measurement import Measurement
 from compress.data.corpora import documents
@@ -19,7 +19,7 @@ PROTOCOLS = ("windows", "documents", "llama.cpp", "lm-eval")
 
 
 def made(folder: Path, text: Path, **options: Any) -> Material:
-    return prepare(Artifact.open(folder), TASKS["text-generation"], documents(str(text)), Options(**options))
+    return prepare(Artifact.open(folder), TASKS["text-generation"], documents(str(text)), Bench(**options))
 
 
 @pytest.mark.parametrize("length", [1, 2, 6, 7, 8, 13, 14, 15, 100])

@@ -13,8 +13,8 @@ import torch
 from compress.bench import host, worker
 from compress.bench.material import prepare
 from compress.bench.nvml import Gpu, Tenants
-from compress.bench.options import Options
 from compress.core.artifact import Artifact
+from compress.core.bench import Bench
 from compress.core.measurement import Measurement
 from compress.data.corpora import documents
 from compress.models.tasks import TASKS
@@ -28,7 +28,7 @@ def request_of(before: Path, text: Path, tmp_path: Path) -> Request:
     """A request for a stage, as the experiment makes it."""
 
     def made(stage: str, *metrics: str) -> dict[str, Any]:
-        options = Options(repeats=2, prompt_length=8, new_tokens=2, tokens=64)
+        options = Bench(repeats=2, prompt_length=8, new_tokens=2, tokens=64)
         task = TASKS["text-generation"]
         file = tmp_path / "material.safetensors"
         prepare(Artifact.open(before), task, documents(str(text)), options).save(file)

@@ -6,6 +6,7 @@ import jsonschema
 import pytest
 import yaml
 
+from compress.core.bench import Bench
 from compress.core.errors import UsageError
 from compress.core.passes import find
 from compress.core.recipe import Data, Recipe, Step, schema
@@ -32,6 +33,20 @@ def complaint(text: str, *settings: str) -> UsageError:
     with pytest.raises(UsageError) as caught:
         Recipe.from_yaml(text, source="some.yaml", settings=settings)
     return caught.value
+
+
+def test_settings_of_the_bench_lie_beside_its_runtimes() -> None:
+    recipe = Recipe.from_yaml(FULL.replace("runtimes: [torch-eager]", "launches: 5"))
+    assert recipe.bench == Bench(launches=5)
+    error = complaint(FULL.replace("runtimes: [torch-eager]", "lanches: 5"))
+    assert "unknown key 'bench.lanches'" in error.message
+    assert "launches" in (error.hint or "")
+
+
+def test_the_bench_takes_from_the_run_what_it_leaves_open() -> None:
+    recipe = Recipe.from_yaml(FULL, settings=["threads=1", "bench.seed=3", "trust_remote_code=true"])
+    assert recipe.experiment == Bench(threads=1, seed=3, trust_remote_code=True)
+    assert recipe.model_copy(update={"bench": None}).experiment is None
 
 
 def test_a_full_recipe_is_read() -> None:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from compress.bench.clock import Clock, WallClock
 from compress.bench.nvml import Tenants
-from compress.bench.options import Options
 from compress.core.artifact import Artifact
+from compress.core.bench import Bench
 from compress.core.errors import PlanError, UsageError
 from compress.core.measurement import Direction, Measurement, Summary
-from compress.data.suites import Suite, read_suite, suite_name
+from compress.data.suites import Suite, expand, read_suite, suite_name
 
 if TYPE_CHECKING:
     from compress.bench.bandwidth import Probe
@@ -121,7 +121,7 @@ class Subject:
 
     artifact: Artifact
     task: "Task"
-    options: Options
+    options: Bench
     session: "Session | None" = None
     reference: "Session | None" = None
     stored: "LogProbabilities | None" = None
@@ -211,7 +211,7 @@ def find(name: str) -> Metric:
     return metric
 
 
-def metrics_of(task: "Task", options: Options) -> tuple[str, ...]:
+def metrics_of(task: "Task", options: Bench) -> tuple[str, ...]:
     """The metrics of an experiment: the task's, the timed ones for each further shape, one for each suite.
 
     Raises:
@@ -221,7 +221,7 @@ def metrics_of(task: "Task", options: Options) -> tuple[str, ...]:
         EnvironmentFault: a task's package is not installed, or its data cannot be had.
     """
     named: dict[str, tuple[str, str]] = {}
-    for source in options.suites:
+    for source in suites_of(options):
         name, metric = _of_suite(source, options)
         if name in named:
             raise UsageError(
@@ -239,7 +239,16 @@ def metrics_of(task: "Task", options: Options) -> tuple[str, ...]:
     return (*task.metrics, *shaped, *(metric for _, metric in named.values()))
 
 
-def _of_suite(source: str, options: Options) -> tuple[str, str]:
+def suites_of(options: Bench) -> tuple[str, ...]:
+    """The suites that are scored, one by one where a name stands for several.
+
+    Raises:
+        UsageError: there is no such built-in suite.
+    """
+    return expand(options.suites)
+
+
+def _of_suite(source: str, options: Bench) -> tuple[str, str]:
     """How a suite is called, and the metric that it is scored by; all of it is read, so that it is there."""
     if not source.startswith(HARNESS):
         read_suite(source, limit=options.suite_limit)
@@ -251,7 +260,7 @@ def _of_suite(source: str, options: Options) -> tuple[str, str]:
     return HARNESS + load(file).name, f"lm_eval:{file}"
 
 
-def examples_of(source: str, options: Options) -> Suite:
+def examples_of(source: str, options: Bench) -> Suite:
     """What a suite asks, for a report.
 
     Raises:

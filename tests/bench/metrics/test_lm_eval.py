@@ -18,7 +18,7 @@ from compress.bench.metrics._generation import _ends
 from compress.bench.metrics._harness_tasks import HarnessTask, Writing, find_task
 from compress.bench.metrics._likelihood import Reader
 from compress.bench.metrics.lm_eval import _answers, _Column, _column
-from compress.bench.options import Options
+from compress.core.bench import Bench
 from compress.core.errors import CompressError, DataError, EnvironmentFault, ModelError, UsageError
 from compress.models.tasks import TASKS
 from tests.scored_suites import subject
@@ -65,7 +65,7 @@ def refused(source: str, *, trusted: bool = False) -> CompressError:
 def test_without_the_package_the_hint_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(EnvironmentFault, match="lm-eval, which is not installed") as raised:
-        metrics_of(TASKS["text-generation"], Options(suites=("lm-eval:piqa",)))
+        metrics_of(TASKS["text-generation"], Bench(suites=("lm-eval:piqa",)))
     assert raised.value.hint == "pip install 'compress-models[lm-eval]'"
 
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compress.bench.material import prepare
 from compress.bench.metrics import Subject, find
-from compress.bench.options import Options
 from compress.core.artifact import Artifact
+from compress.core.bench import Bench
 from compress.core.measurement import Measurement
 from compress.data.corpora import documents
 from compress.models.tasks import resolve
@@ -25,7 +25,7 @@ from tests import models_zoo, quantized_models
 def measured(
     folder: Path, text: str, metric: str, *, reference: Path | None = None, task: str = "auto", **options: Any
 ) -> dict[str, Measurement]:
-    settings = Options(**options)
+    settings = Bench(**options)
     artifact = Artifact.open(folder)
     work = resolve(task, artifact.config)
     eager = find_runtime("torch-eager")

@@ -6,8 +6,8 @@ import pytest
 
 from compress.bench.metrics import Subject, find
 from compress.bench.metrics.size import measure_size
-from compress.bench.options import Options
 from compress.core.artifact import Artifact
+from compress.core.bench import Bench
 from compress.models.tasks import resolve
 from tests import models_zoo, quantized_models
 
@@ -79,7 +79,7 @@ def test_a_model_whose_task_is_unknown_has_a_size_without_parts(tmp_path: Path) 
 def test_the_metric_says_the_same(tmp_path: Path) -> None:
     artifact = Artifact.open(models_zoo.write("llama-tied", tmp_path))
     task = resolve("auto", artifact.config)
-    found = find("size").measure(Subject(artifact=artifact, task=task, options=Options()))
+    found = find("size").measure(Subject(artifact=artifact, task=task, options=Bench()))
     assert found["size.bits_per_parameter"].value == 32.0
     assert found["size.head_bits_per_parameter"].reason == "the model has no such part"
     assert set(found) == {quantity.name for quantity in find("size").quantities}

@@ -15,8 +15,8 @@ from compress.bench.material import Material
 from compress.bench.metrics import Subject, find
 from compress.bench.metrics.memory import host_memory
 from compress.bench.nvml import Gpu, Tenants, open_gpu
-from compress.bench.options import Options
 from compress.core.artifact import Artifact
+from compress.core.bench import Bench
 from compress.models.tasks import TASKS, Task
 from compress.runtimes import Generation, Session
 from tests import models_zoo
@@ -61,7 +61,7 @@ def subject(session: Session, folder: Path, task: str = "text-generation") -> Su
     return Subject(
         artifact=Artifact.open(models_zoo.write("llama", folder)),
         task=work,
-        options=Options(repeats=4, new_tokens=5),
+        options=Bench(repeats=4, new_tokens=5),
         session=session,
         material=Material((), None, torch.zeros(2, 7, dtype=torch.int64), {}),
         load_seconds=1.5,

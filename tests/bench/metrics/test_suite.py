@@ -15,7 +15,7 @@ from compress.bench.metrics import Subject, described, find, metrics_of
 from compress.bench.metrics._classification import calibration_error, macro
 from compress.bench.metrics._likelihood import Reader, likelihoods
 from compress.bench.metrics._text_scores import bleu, exact_match, normalized, rouge, token_f1, word_errors
-from compress.bench.options import Options
+from compress.core.bench import Bench
 from compress.core.errors import DataError, UsageError
 from compress.models.tasks import TASKS
 from tests import models_zoo, quantized_models
@@ -301,7 +301,7 @@ def test_suites_are_metrics_by_name(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     same = str(write(tmp_path / "other" / "quiz.jsonl", CHOICES))
     task = TASKS["text-generation"]
-    names = metrics_of(task, Options(suites=(quiz,)))
+    names = metrics_of(task, Bench(suites=(quiz,)))
     assert names == (*task.metrics, f"suite:{quiz}")
     metric = find(names[-1])
     assert set(metric.missing("why")) == {
@@ -310,9 +310,9 @@ def test_suites_are_metrics_by_name(tmp_path: Path) -> None:
         "suite.quiz.accuracy_per_character",
     }
     with pytest.raises(UsageError, match="both called 'quiz'"):
-        metrics_of(task, Options(suites=(quiz, same)))
+        metrics_of(task, Bench(suites=(quiz, same)))
     with pytest.raises(DataError, match="no text at"):
-        metrics_of(task, Options(suites=(str(tmp_path / "missing.jsonl"),)))
+        metrics_of(task, Bench(suites=(str(tmp_path / "missing.jsonl"),)))
     known = described(["suite.gone.accuracy", "perplexity", "other"], ["perplexity", "suite"])
     assert list(known) == ["perplexity", "suite.gone.accuracy"]
     assert known["suite.gone.accuracy"].title == "gone, accuracy"

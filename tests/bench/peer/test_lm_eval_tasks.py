@@ -19,7 +19,7 @@ import yaml
 
 from compress.bench.experiment import compare
 from compress.bench.metrics import examples_of, find, metrics_of, quantities
-from compress.bench.options import Options
+from compress.core.bench import Bench
 from compress.core.errors import EnvironmentFault, UsageError
 from compress.core.measurement import Measurement
 from compress.data.corpora import documents
@@ -187,7 +187,7 @@ def test_direction_and_protocol_are_the_task_s(shared: Path, tasks: dict[str, Pa
     assert (protocol["version"], protocol["few_shot"], protocol["examples"]) == ("2.5", 0, 4)
     shots = find(f"lm_eval:{tasks['arc_easy']}").measure(subject)["lm_eval.arc_easy.acc"]
     assert shots.conditions["protocol"]["few_shot"] == 2
-    suite = examples_of(f"lm-eval:{tasks['piqa']}", Options(suite_limit=4))
+    suite = examples_of(f"lm-eval:{tasks['piqa']}", Bench(suite_limit=4))
     assert suite.digest == protocol["suite"]
     assert len(suite.examples) == 4
 
@@ -221,7 +221,7 @@ def test_a_metric_of_the_hub_is_not_trusted(tasks: dict[str, Path]) -> None:
     for metric in ({"metric": "rouge"}, {"metric": "exact_match", "hf_evaluate": True}):
         file.write_text(yaml.safe_dump({**task, "metric_list": [metric]}))
         with pytest.raises(UsageError, match="lies on the hub"):
-            metrics_of(TASKS["text-generation"], Options(suites=(f"lm-eval:{file}",)))
+            metrics_of(TASKS["text-generation"], Bench(suites=(f"lm-eval:{file}",)))
 
 
 def test_data_that_cannot_be_had_are_missed_at_once(tasks: dict[str, Path]) -> None:
@@ -229,4 +229,4 @@ def test_data_that_cannot_be_had_are_missed_at_once(tasks: dict[str, Path]) -> N
     task = {**yaml.safe_load(tasks["piqa"].read_text()), "dataset_path": "nobody/has-this", "task": "far"}
     file.write_text(yaml.safe_dump({**task, "dataset_kwargs": {}}))
     with pytest.raises(EnvironmentFault, match="the data of task far"):
-        metrics_of(TASKS["text-generation"], Options(suites=(f"lm-eval:{file}",)))
+        metrics_of(TASKS["text-generation"], Bench(suites=(f"lm-eval:{file}",)))

@@ -3,10 +3,10 @@
 from typing import Any
 
 from compress.bench.judging import compare_arms
-from compress.bench.options import Options
 from compress.bench.report.markdown import LARGEST, markdown
 from compress.bench.report.rows import number, table
 from compress.bench.results import ArmResult, Fault, Results
+from compress.core.bench import Bench
 from compress.core.measurement import Measurement
 
 
@@ -35,7 +35,7 @@ def arm(model: str, value: float | None, **others: Any) -> ArmResult:
 
 
 def results(*arms: ArmResult) -> Results:
-    options = Options()
+    options = Bench()
     return Results(
         complete=True,
         command=("compress", "bench"),

@@ -1,4 +1,4 @@
-"""The settings of an experiment: how often, how long, how much text."""
+"""What a bench measures, on which runtimes, how often, how long, and on how much text."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, final
@@ -12,18 +12,21 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    field_validator,
 )
 
 from compress.core.passes import invalid
 
 
 @final
-class Options(BaseModel):
-    """What a bench does beyond which models, which text and which runtimes."""
+class Bench(BaseModel):
+    """The settings of a before/after experiment, beside its models and its text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
+    runtimes: tuple[str, ...] = Field(
+        default=("torch-eager",),
+        description="how the models are run; the first is the one that gates mean unless they name another",
+    )
     launches: PositiveInt = Field(
         default=3, description="timed processes of each arm; an interval on speed needs at least 2"
     )
@@ -113,23 +116,14 @@ class Options(BaseModel):
         description="whether code inside a model, or beside a task of lm-evaluation-harness, may run",
     )
 
-    @field_validator("suites")
     @classmethod
-    def _one_by_one(cls, suites: tuple[str, ...]) -> tuple[str, ...]:
-        """The suites that a name stands for, so that each is scored, stored and named by itself."""
-        # A help page lists these settings and reads no suite.
-        from compress.data.suites import expand
-
-        return expand(suites)
-
-    @classmethod
-    def of(cls, document: "Mapping[str, Any] | Options | None") -> "Options":
-        """Options from a recipe's mapping.
+    def of(cls, document: "Mapping[str, Any] | Bench | None") -> "Bench":
+        """Settings from plain data.
 
         Raises:
             UsageError: an unknown name or a value that does not fit.
         """
-        if isinstance(document, Options):
+        if isinstance(document, Bench):
             return document
         try:
             return cls.model_validate(dict(document or {}))
