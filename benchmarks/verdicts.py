@@ -334,7 +334,14 @@ def read_plan() -> tuple[Plan, Path]:
     quick: bool = given.quick
     if quick:
         options = options.model_copy(
-            update={"launches": 2, "looks": 2, "repeats": 2, "new_tokens": 8, "tokens": 2_048}
+            update={
+                "launches": 2,
+                "looks": 2,
+                "repeats": 2,
+                "sample_seconds": 0.0,
+                "new_tokens": 8,
+                "tokens": 2_048,
+            }
         )
     plan = Plan(
         model=given.model,

@@ -52,9 +52,10 @@ def _conditions(document: Document) -> list[str]:
         f"{environment['processor']}; {libraries}.",
         f"An experiment begins with {options['launches']} launches of each arm and has at most "
         f"{options['looks']} looks and {options['budget']:g} s; each launch decodes {options['new_tokens']} "
-        f"tokens {options['repeats']} times. Gates ask for one-sided bounds of 95%, divided among the looks. "
-        "In brackets: exact 95% intervals. **Found** is FAIL on a gate without a margin, which on a model "
-        "against itself may happen at most 5% of the time.",
+        f"tokens in {options['repeats']} samples of at least {options['sample_seconds']:g} s. "
+        "Gates ask for one-sided bounds of 95%, divided among the looks. In brackets: exact 95% intervals. "
+        "**Found** is FAIL on a gate without a margin, which on a model against itself may happen at most 5% "
+        "of the time.",
         f"`{' '.join(document['command'])}`",
     ]
 

@@ -41,7 +41,7 @@ from compress.core.artifact import Artifact
 from compress.core.bench import Bench
 from compress.core.errors import CompressError, EnvironmentFault, TargetError, UsageError
 from compress.core.events import SILENT, Reporter
-from compress.core.gate import Gate, Verdict, check_metrics
+from compress.core.gate import Gate, Judgement, Verdict, check_metrics
 from compress.core.measurement import Measurement
 from compress.data.corpora import documents
 from compress.models.tasks import Task, resolve
@@ -237,7 +237,7 @@ class _Experiment:
         open_metrics = {
             judgement.metric
             for judgement in judge(gates, results, self.options)
-            if judgement.verdict is Verdict.UNDECIDED
+            if judgement.verdict is Verdict.UNDECIDED and not self._complete(judgement)
         }
         metrics = {find(name) for arm in self.arms for name in arm.metrics}
         return {
@@ -246,6 +246,11 @@ class _Experiment:
             if metric.stage in (Stage.TIMING, Stage.SCORING)
             and any(quantity.name in open_metrics for quantity in metric.quantities)
         }
+
+    def _complete(self, judgement: Judgement) -> bool:
+        """Whether a gate judged all that there is to measure."""
+        arm = next(arm for arm in self.arms if arm.name == judgement.after)
+        return arm.measurements[judgement.metric].complete
 
     def _cost(self, stage: Stage) -> float:
         """Seconds of the next look at a stage: twice the text, or as many launches as there were."""

@@ -98,10 +98,12 @@ def _judged(
 def _effect(gate: Gate, value: Measurement, reference: Measurement | None, options: Bench) -> Effect:
     """The interval that a gate judges, wide enough for all the looks that it may get.
 
-    Each look errs with the share of the gate's error that falls to it (Bonferroni), so whichever look
-    decides, the verdict errs at most as often as the gate says.
+    There is one look at what further ones would find the same. Of several, each errs with the share of the
+    gate's error that falls to it (Bonferroni), so whichever look decides, the verdict errs at most as often
+    as the gate says.
     """
-    looks = options.looks if options.budget > 0 and value.summary != "exact" else 1
+    again = options.budget > 0 and value.summary != "exact" and not value.complete
+    looks = options.looks if again else 1
     return _found(value, reference, gate.wants, 1 - (1 - gate.confidence) / looks, options)
 
 

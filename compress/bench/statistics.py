@@ -28,6 +28,8 @@ from compress.core.measurement import Effect, EffectKind, Measurement, Summary
 
 BOOTSTRAP_CLUSTERS: Final = 20
 """From this many clusters on, the bootstrap is used."""
+ALIKE: Final = 8
+"""Where at least so many clusters are alike on average, how many of each kind are drawn, and not each."""
 FEW_CHANGES: Final = 10
 """Below this many changed answers, their share has an exact interval and no bootstrap."""
 POWER: Final = 0.8
@@ -200,6 +202,16 @@ def _cluster_sums(measurement: Measurement) -> _Sums:
     )
 
 
+def _units(measurement: Measurement) -> str:
+    """What is independent in a measurement, for a reader."""
+    protocol = measurement.conditions.get("protocol")
+    if isinstance(protocol, Mapping) and "clusters" in protocol:
+        return f"{protocol['clusters']}s"
+    if measurement.summary == "geometric-mean" and measurement.clusters is not None:
+        return "launches"
+    return "examples" if measurement.clusters is None else "clusters"
+
+
 def _statistic(summary: Summary, kind: EffectKind) -> Callable[..., Array]:
     """The compared number on the scale where bounds are found: logarithmic for ratios.
 
@@ -237,18 +249,21 @@ def _bounds(
     if not math.isfinite(point):
         raise Incomparable("a ratio of these samples is not finite")
     if clusters < BOOTSTRAP_CLUSTERS:
-        method = f"Student t, jackknife over {clusters} clusters"
+        method = f"Student t, jackknife over {clusters} {_units(arms[-1])}"
         error = _jackknife_error(columns, statistic)
         reach = float(stats.t.ppf(confidence, clusters - 1)) * error
         low, high = point - reach, point + reach
     elif summary == "geometric-mean" and all(_iterates(arm) for arm in arms):
         drawn = _two_stages(arms, statistic, resamples, seed)
         method = f"bootstrap over {clusters} launches and their iterations"
-        error = float(np.std(drawn, ddof=1))
-        low, high = (float(bound) for bound in np.quantile(drawn, [1 - confidence, confidence]))
+        error, low, high = _spread(drawn, confidence)
+    elif (kinds := np.unique(np.stack(columns), axis=1, return_counts=True))[0].shape[1] * ALIKE <= clusters:
+        drawn = _by_kind(*kinds, statistic, resamples, seed)
+        method = f"bootstrap over {clusters} {_units(arms[-1])}"
+        error, low, high = _spread(drawn, confidence)
     else:
         found = _bootstrapped(columns, statistic, 2 * confidence - 1, resamples, seed)
-        method = f"bootstrap over {clusters} clusters"
+        method = f"bootstrap over {clusters} {_units(arms[-1])}"
         error = float(found.standard_error)
         low, high = float(found.confidence_interval.low), float(found.confidence_interval.high)
     if not all(math.isfinite(number) for number in (low, high, error)):
@@ -257,6 +272,30 @@ def _bounds(
     if kind == "ratio":
         return _Bounds(math.exp(low), math.exp(high), method, math.expm1(least))
     return _Bounds(low, high, method, least)
+
+
+def _spread(drawn: Array, confidence: float) -> tuple[float, float, float]:
+    """Standard error and percentile bounds of a resampled statistic; not finite where a resample is not."""
+    with np.errstate(invalid="ignore"):
+        low, high = np.quantile(drawn, [1 - confidence, confidence])
+        return float(np.std(drawn, ddof=1)), float(low), float(high)
+
+
+def _by_kind(
+    columns: Array, counts: NDArray[np.int64], statistic: Callable[..., Array], resamples: int, seed: int
+) -> Array:
+    """The statistic of resampled clusters of a few kinds, such as answers gained, lost and unchanged.
+
+    How often each kind is drawn is multinomial, which is the same bootstrap without a draw for every cluster.
+
+    Args:
+        columns: weights and totals of each kind, ``[columns, kinds]``.
+        counts: clusters of each kind, ``[kinds]``.
+    """
+    clusters = int(counts.sum())
+    drawn = np.random.default_rng(seed).multinomial(clusters, counts / clusters, size=resamples)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(statistic(*(drawn * column for column in columns), axis=-1), dtype=np.float64)
 
 
 def _bootstrapped(

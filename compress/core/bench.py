@@ -42,7 +42,10 @@ class Bench(BaseModel):
         default=True,
         description="launch BEFORE a second time in each round: what it differs from itself is the noise",
     )
-    repeats: PositiveInt = Field(default=3, description="timed iterations in each launch, after a warm-up")
+    repeats: PositiveInt = Field(default=3, description="timed samples in each launch, after a warm-up")
+    sample_seconds: NonNegativeFloat = Field(
+        default=0.5, description="least time of a sample; what is done sooner is done again within it"
+    )
     batch_size: PositiveInt = Field(default=1, description="sequences at once while timing")
     prompt_length: PositiveInt = Field(default=128, description="tokens of each timed prompt")
     shapes: tuple[str, ...] = Field(

@@ -256,9 +256,8 @@ class Gate(BaseModel):
             )
         ends = self._ends(better)
         wanted = " and ".join(str(end) for end in ends)
-        shown = f"{effect.kind} {effect.point:.5g}"
         if effect.low is None or effect.high is None:
-            explanation = f"{shown}, without an interval ({effect.method}); wanted {wanted}"
+            explanation = f"{_shown(effect, better)}, without an interval ({effect.method}); wanted {wanted}"
             return self._said(Verdict.UNDECIDED, explanation, before, after, effect)
         bounds = (effect.low, effect.high)
         if all(end.holds(bound) for end in ends for bound in bounds):
@@ -266,8 +265,10 @@ class Gate(BaseModel):
         else:
             beyond = any(not any(end.holds(bound) for bound in bounds) for end in ends)
             verdict = Verdict.FAIL if beyond else Verdict.UNDECIDED
-        interval = f" [{effect.low:.5g}, {effect.high:.5g}]" if effect.low != effect.high else ""
-        explanation = f"{shown}{interval}, wanted {wanted}; {effect.method}"
+        explanation = (
+            f"{_shown(effect, better)}; wanted {wanted}, {_WHY[verdict, effect.low == effect.high]}; "
+            f"{_how(effect)}"
+        )
         return self._said(verdict, explanation, before, after, effect)
 
     def invalid(
@@ -302,6 +303,39 @@ class Gate(BaseModel):
         tolerated = self.test == "non-inferiority"
         end = centre + worse * limit.number * (1.0 if tolerated else -1.0)
         return (_End(end, better == "lower", not tolerated),)
+
+
+_WHY: Final[Mapping[tuple[Verdict, bool], str]] = {
+    (Verdict.PASS, False): "and the whole interval is",
+    (Verdict.FAIL, False): "and none of the interval is",
+    (Verdict.UNDECIDED, False): "and a part of the interval is",
+    (Verdict.PASS, True): "and it is",
+    (Verdict.FAIL, True): "and it is not",
+}
+"""What a verdict says of an interval, or of a value that has none because it is exact."""
+
+
+def _shown(effect: Effect, better: Direction) -> str:
+    """An effect in words: the point, its interval, and what the change means."""
+    interval = f" [{effect.low:.5g}, {effect.high:.5g}]" if effect.low != effect.high else ""
+    if effect.kind == "value":
+        return f"AFTER has {effect.point:.5g}{interval}"
+    centre = 1.0 if effect.kind == "ratio" else 0.0
+    words = f"{effect.point:.5g}{interval} times BEFORE" if centre else f"{effect.point:+.5g}{interval}"
+    change = effect.point - centre
+    if change == 0:
+        return f"{words}, no change"
+    amount = f"{abs(change):.3g}" if effect.kind == "difference" else f"{100 * abs(change):.3g}%"
+    if better == "neither":
+        return f"{words}, {amount} {'more' if change > 0 else 'less'}"
+    return f"{words}, {amount} {'better' if (change < 0) == (better == 'lower') else 'worse'}"
+
+
+def _how(effect: Effect) -> str:
+    """The method of an interval, and how sure each of its bounds is."""
+    if effect.low == effect.high:
+        return effect.method
+    return f"each bound at {100 * effect.confidence:.4g}%, {effect.method}"
 
 
 @dataclass(frozen=True)

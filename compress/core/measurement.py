@@ -56,6 +56,10 @@ class Measurement(BaseModel):
         description="clusters (launches) that cannot be trusted, and why; their samples are kept and count "
         "for nothing",
     )
+    complete: bool = Field(
+        default=False,
+        description="whether all that there is was measured, so that looking again adds nothing",
+    )
 
     @model_validator(mode="after")
     def _is_sound(self) -> "Measurement":
@@ -101,6 +105,7 @@ class Measurement(BaseModel):
         answers: Sequence[str] | None = None,
         conditions: Mapping[str, Any] | None = None,
         distrust: Mapping[int, str] | None = None,
+        complete: bool = False,
     ) -> "Measurement":
         """A value from its samples; ``n/a`` where there are none or one of them is not finite.
 
@@ -136,6 +141,7 @@ class Measurement(BaseModel):
             clusters=None if clusters is None else tuple(clusters),
             answers=None if answers is None else tuple(answers),
             conditions=conditions or {},
+            complete=complete,
         )
 
     @property
@@ -173,6 +179,7 @@ class Measurement(BaseModel):
             answers=None if self.answers is None else [self.answers[at] for at in kept],
             conditions=self.conditions,
             distrust=distrust,
+            complete=self.complete,
         )
 
 

@@ -23,6 +23,7 @@ from tests.bench.fabricated import fabricated, steady
 SMALL = {
     "launches": 2,
     "repeats": 2,
+    "sample_seconds": 0,
     "prompt_length": 8,
     "new_tokens": 2,
     "tokens": 256,

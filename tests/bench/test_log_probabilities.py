@@ -150,7 +150,15 @@ def test_an_experiment_stores_once_and_reads_after(
         finally:
             torch.set_num_threads(threads)
 
-    small = {"launches": 1, "repeats": 1, "prompt_length": 8, "new_tokens": 2, "tokens": 256, "threads": 1}
+    small = {
+        "launches": 1,
+        "repeats": 1,
+        "sample_seconds": 0,
+        "prompt_length": 8,
+        "new_tokens": 2,
+        "tokens": 256,
+        "threads": 1,
+    }
     runtimes = ("torch-eager", "torch-int4")
     options = {**small, "window": 32, "stored_log_probabilities": str(file), "runtimes": runtimes}
     found = compare(before, [after], tmp_path / "out", str(text), options=options, runner=in_process)

@@ -197,6 +197,31 @@ def test_the_smallest_detectable_change_is_found_four_times_in_five() -> None:
     assert 0.72 < found / 400 < 0.88
 
 
+def test_drawing_how_many_of_each_kind_is_the_bootstrap() -> None:
+    generator = np.random.default_rng(0)
+    before = (generator.random(400) < 0.7).astype(float)
+    after = np.where(generator.random(400) < 0.1, 1 - before, before)
+    found = effect(sampled(after), sampled(before), "difference", confidence=0.9, resamples=20_000)
+    reference = stats.bootstrap(
+        (after - before,),
+        np.mean,
+        n_resamples=20_000,
+        confidence_level=0.8,
+        method="percentile",
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    assert "400 examples" in found.method
+    assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=1 / 400 + 1e-9)
+
+
+def test_the_method_says_what_is_independent() -> None:
+    windows = {"protocol": {"clusters": "window"}}
+    found = effect(sampled(range(1, 30), conditions=windows), None, "value")
+    assert found.method == "bootstrap over 29 windows"
+    launches = sampled([2.0, 3.0, 4.0, 5.0], "geometric-mean", clusters=[0, 0, 1, 1])
+    assert effect(launches, launches, "ratio").method.endswith("2 launches")
+
+
 def test_a_share_of_almost_nothing_has_no_ratio() -> None:
     before = [1.0] + [0.0] * 99
     after = [0.0] * 50 + [1.0] * 50

@@ -81,6 +81,7 @@ class Quantity:
         clusters: Sequence[int] | None = None,
         answers: Sequence[str] | None = None,
         conditions: Mapping[str, Any] | None = None,
+        complete: bool = False,
     ) -> Measurement:
         """A value from its samples."""
         return Measurement.sampled(
@@ -92,6 +93,7 @@ class Quantity:
             clusters=clusters,
             answers=answers,
             conditions=conditions,
+            complete=complete,
         )
 
 

@@ -62,7 +62,11 @@ class Throughput(Metric):
         )
 
     def measure(self, subject: Subject) -> dict[str, Measurement]:
-        """A warm-up, and then the timed iterations, all at the same shape."""
+        """A warm-up, and then the timed samples, all at the same shape.
+
+        A sample is as many iterations as it takes to fill its least time: a single short one would say
+        more about the machine at that moment than about the model.
+        """
         rate = self.quantities[0]
         shape, material = self._shape, subject.given
         prompts = material.prompts if shape is None else material.prompts_of(shape.batch, shape.length)
@@ -72,14 +76,18 @@ class Throughput(Metric):
         doubts: dict[str, str] = {}
         wanted = self.amount(subject, prompts)
         for _ in range(subject.options.repeats):
-            done, timing = iterate()
-            timings.append(timing)
-            if timing.disagreement is not None:
-                doubts.setdefault("clocks", timing.disagreement)
-            if done != wanted:
-                doubts.setdefault("work", f"a shortened output: {done} instead of {wanted} ({rate.unit})")
-            if done > 0:
-                rates.append(done / timing.seconds)
+            amount, seconds = 0, 0.0
+            while seconds < subject.options.sample_seconds or seconds == 0:
+                done, timing = iterate()
+                timings.append(timing)
+                amount, seconds = amount + done, seconds + timing.seconds
+                if timing.disagreement is not None:
+                    doubts.setdefault("clocks", timing.disagreement)
+                if done != wanted:
+                    doubts.setdefault("work", f"a shortened output: {done} instead of {wanted} ({rate.unit})")
+                    break
+            if amount > 0:
+                rates.append(amount / seconds)
         if any(timing.device_seconds is not None for timing in timings):
             subject.observed[rate.name] = {
                 "wall_seconds": [timing.seconds for timing in timings],

@@ -121,6 +121,7 @@ class HarnessScores(Metric):
                     weights=column.weights,
                     answers=_answers(found.task, metric, ordered, model.said, column),
                     conditions={"protocol": protocol},
+                    complete=limit is None,
                 )
             )
         return measurements

@@ -135,6 +135,7 @@ class SuiteScores(Metric):
                     weights=column.weights,
                     answers=column.answers,
                     conditions={"protocol": protocol},
+                    complete=subject.options.suite_limit is None,
                 )
             )
         return found

@@ -61,7 +61,7 @@ def subject(session: Session, folder: Path, task: str = "text-generation") -> Su
     return Subject(
         artifact=Artifact.open(models_zoo.write("llama", folder)),
         task=work,
-        options=Bench(repeats=4, new_tokens=5),
+        options=Bench(repeats=4, sample_seconds=0, new_tokens=5),
         session=session,
         material=Material((), None, torch.zeros(2, 7, dtype=torch.int64), {}),
         load_seconds=1.5,
@@ -80,6 +80,14 @@ def test_prefill_and_decode_are_apart_and_warmed_up(tmp_path: Path) -> None:
     assert session.decodes == 5 * 5
     assert decode.conditions == {"batch": 2, "prompt": 7, "new": 5}
     assert decode.better == "higher"
+
+
+def test_a_sample_lasts_as_long_as_it_should(tmp_path: Path) -> None:
+    clock = Fixed(*[Timing(0.2)] * 7, *[Timing(0.7)] * 2)
+    options = Bench(repeats=4, sample_seconds=0.5, new_tokens=5)
+    given = replace(subject(Counting(), tmp_path), clock=clock, options=options)
+    decode = find("decode").measure(given)["decode.tokens_per_second"]
+    assert decode.samples == pytest.approx((10 / 0.2, 10 / 0.2, 10 / 0.7, 10 / 0.7))
 
 
 def test_a_shortened_output_is_no_speed(tmp_path: Path) -> None:
