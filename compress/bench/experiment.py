@@ -396,7 +396,7 @@ class _Experiment:
         arms = [arm.result() for arm in self.arms]
         results = Results(
             complete=complete,
-            command=tuple(sys.argv),
+            command=_command(),
             task=self.task.name,
             text=dict(self.text),
             options=self.options.model_dump(mode="json"),
@@ -416,6 +416,12 @@ class _Experiment:
         for arm in arms:
             if arm.role == "after":
                 yield from flips_of(baseline(arm, arms), arm, suites)
+
+
+def _command() -> tuple[str, ...]:
+    """The words of the command that was given; of the program its name alone, since paths differ."""
+    program = Path(sys.argv[0]).name
+    return ("compress" if program == "__main__.py" else program, *sys.argv[1:])
 
 
 def _device(options: Bench) -> str:
