@@ -44,7 +44,7 @@ class Bench(BaseModel):
     )
     repeats: PositiveInt = Field(default=3, description="timed samples in each launch, after a warm-up")
     sample_seconds: NonNegativeFloat = Field(
-        default=0.5, description="least time of a sample; what is done sooner is done again within it"
+        default=0.1, description="least time of a sample; what is done sooner is done again within it"
     )
     batch_size: PositiveInt = Field(default=1, description="sequences at once while timing")
     prompt_length: PositiveInt = Field(default=128, description="tokens of each timed prompt")
