@@ -278,7 +278,7 @@ def _verdict_on_changes(
 
 def accuracies(right: Sequence[float]) -> Measurement:
     """A measurement of accuracy as a suite gives it."""
-    return Measurement.sampled(right, summary="mean", better="higher")
+    return Measurement.sampled(right, summary="mean", better="higher", complete=True)
 
 
 def needed_examples(drop: float, changed: float, error: float, power: float) -> int:
