@@ -9,7 +9,7 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from compress import runtimes
@@ -138,8 +138,8 @@ def plant_drop(drop: float, changed: float, seed: int) -> None:
     """From now on the suites that this process scores have changed answers."""
     answer = worker.answer
 
-    def planted(request: Mapping[str, Any]) -> dict[str, Any]:
-        document = answer(request)
+    def planted(request: Mapping[str, Any], take_turn: Callable[[], None]) -> dict[str, Any]:
+        document = answer(request, take_turn)
         for name, value in document.get("measurements", {}).items():
             if name.startswith("suite.") and name.endswith(JUDGED):
                 found = with_drop(Measurement.model_validate(value), drop, changed, seed)

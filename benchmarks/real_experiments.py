@@ -6,6 +6,7 @@ conditions (model, text, options, gates, sources of the bench) is read and not m
 
 import hashlib
 import json
+import random
 import shutil
 import sys
 import time
@@ -105,34 +106,55 @@ class Recorder:
     kept: dict[str, isolate.Reply]
 
     def __call__(
-        self, request: Mapping[str, Any], *, stage: str, time_limit: float, threads: int
-    ) -> isolate.Reply:
-        """The reply to a request.
+        self,
+        requests: Sequence[Mapping[str, Any]],
+        *,
+        stage: str,
+        time_limit: float,
+        threads: int,
+        order: random.Random,
+    ) -> list[isolate.Reply]:
+        """The replies to requests.
 
         Raises:
-            SystemExit: the process did not end well, so that nothing can be learnt here.
+            SystemExit: a process did not end well, so that nothing can be learnt here.
         """
-        kind, alone = str(request["stage"]), request["reference"] is None
-        key = json.dumps([kind, alone, request["options"]], sort_keys=True)
-        if kind in self.share and key in self.kept:
-            return self.kept[key]
-        faults = self.planted.get(request["artifact"])
-        command = isolate.WORKER if faults is None else (sys.executable, str(HERE / "planting.py"), *faults)
+        keys = [
+            json.dumps([one["stage"], one["reference"] is None, one["options"]], sort_keys=True)
+            for one in requests
+        ]
+        if all(
+            one["stage"] in self.share and key in self.kept for one, key in zip(requests, keys, strict=True)
+        ):
+            return [self.kept[key] for key in keys]
         started = time.monotonic()
-        reply = isolate.run(request, stage=stage, time_limit=time_limit, threads=threads, command=command)
-        if reply.fault is not None:
-            raise SystemExit(f"{stage}: {reply.fault.kind}: {reply.fault.message}")
-        seconds = time.monotonic() - started
-        self.kept.setdefault(key, reply)
-        line = {
-            "stage": kind,
-            "seconds": seconds,
-            "launch": reply.document.get("launch"),
-            "measurements": reply.document["measurements"],
-        }
-        with self.file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(line) + "\n")
-        return reply
+        replies = isolate.run(
+            requests,
+            stage=stage,
+            time_limit=time_limit,
+            threads=threads,
+            order=order,
+            commands=[self._command(one) for one in requests],
+        )
+        # Processes that take turns have one time for all of them.
+        seconds = (time.monotonic() - started) / len(requests)
+        for request, key, reply in zip(requests, keys, replies, strict=True):
+            if reply.fault is not None:
+                raise SystemExit(f"{stage}: {reply.fault.kind}: {reply.fault.message}")
+            self.kept.setdefault(key, reply)
+            line = {
+                "stage": request["stage"],
+                "seconds": seconds,
+                "launch": reply.document.get("launch"),
+                "measurements": reply.document["measurements"],
+            }
+            with self.file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(line) + "\n")
+        return replies
+
+    def _command(self, request: Mapping[str, Any]) -> Sequence[str]:
+        faults = self.planted.get(request["artifact"])
+        return isolate.WORKER if faults is None else (sys.executable, str(HERE / "planting.py"), *faults)
 
 
 @dataclass

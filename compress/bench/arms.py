@@ -45,6 +45,12 @@ class Arm:
         """As gates spell it."""
         return f"{self.model}@{self.runtime}"
 
+    @property
+    def peak_bytes(self) -> float | None:
+        """What its process took of the host's memory at most; none where that was not measured."""
+        peak = self.measurements.get("memory.peak_bytes")
+        return None if peak is None else peak.value
+
     def metrics_at(self, stage: Stage) -> list[str]:
         """The metrics that are taken at a stage."""
         return [name for name in self.metrics if find(name).stage is stage]

@@ -1,31 +1,41 @@
 """One experiment, before and after: all arms on the same tokens, every measured run in its own process.
 
-Timed launches of all arms are interleaved in seeded random order, round after round, so that a machine
-that slows down slows all arms. Memory and accuracy have passes of their own. While a gate is undecided the
-experiment measures twice as much and looks again, up to a budget of time. After every process the results
-so far are written, so that nothing is lost.
+Timed launches of all arms make a round: each is a fresh process, and they take turns, sample by sample, in
+seeded random order, so that a machine that slows down slows all arms. Where memory does not hold all of
+them at once, or on a GPU, the launches of a round follow one another, also in random order. Memory and
+accuracy have passes of their own. While a gate is undecided the experiment measures twice as much and looks
+again, up to a budget of time. After every process the results so far are written, so that nothing is lost.
 """
 
-import os
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 from compress import runtimes as runtime_room
 from compress.bench import host, isolate, log_probabilities
 from compress.bench.arms import Arm, arms_of, baseline, check_arms
-from compress.bench.environment import describe, holds_context
+from compress.bench.environment import describe
 from compress.bench.flips import flips_of
 from compress.bench.judging import compare_arms, judge
 from compress.bench.material import Material, prepare
-from compress.bench.metrics import Stage, Subject, examples_of, find, metrics_of, quantities, suites_of
+from compress.bench.metrics import (
+    Metric,
+    Stage,
+    Subject,
+    examples_of,
+    find,
+    metrics_of,
+    quantities,
+    suites_of,
+)
 from compress.bench.report.junit import junit
 from compress.bench.report.markdown import markdown
+from compress.bench.requests import Requests, Runner
 from compress.bench.results import (
     JUNIT_FILE,
     PROGRESS_FILE,
@@ -46,7 +56,8 @@ from compress.core.measurement import Measurement
 from compress.data.corpora import documents
 from compress.models.tasks import Task, resolve
 
-Runner = Callable[..., isolate.Reply]
+_MEMORY_SHARE: Final = 0.8
+"""Of the memory that is free: what arms may take that are in it together."""
 
 
 def compare(
@@ -72,7 +83,7 @@ def compare(
         gates: what must hold.
         reporter: who is told what happens.
         options: settings of the experiment.
-        runner: what runs one request in a process; for tests.
+        runner: what runs requests in processes; for tests.
 
     Raises:
         UsageError: an unknown runtime, task, quantity, arm or option.
@@ -114,7 +125,7 @@ def compare(
     said = {"source": text, "digest": texts.digest, "description": texts.description}
     with tempfile.TemporaryDirectory(prefix="compress-bench-") as scratch:
         experiment = _Experiment(arms, work, settings, out, said, Path(scratch), reporter, runner, prepared)
-        experiment.place(materials)
+        experiment.requests.place(materials)
         experiment.run(asked)
         return experiment.finish(asked)
 
@@ -152,7 +163,6 @@ class _Experiment:
     runner: Runner
     prepare: Callable[[Bench], Mapping[Path, Material]]
     order: list[str] = field(default_factory=list)
-    materials: dict[Path, tuple[Path, Material]] = field(default_factory=dict)
     looks: int = 1
     rounds: int = 0
 
@@ -162,13 +172,18 @@ class _Experiment:
         self.environment = describe(self.device, self.threads)
         self._seconds = dict.fromkeys(Stage, 0.0)
         self._order_generator = random.Random(self.options.seed)
-
-    def place(self, materials: Mapping[Path, Material]) -> None:
-        """Put the material where the workers find it."""
-        for number, (path, material) in enumerate(materials.items()):
-            file = self.scratch / f"material-{number}.safetensors"
-            material.save(file)
-            self.materials[path] = (file, material)
+        self.requests = Requests(
+            arms=self.arms,
+            task=self.task,
+            options=self.options,
+            folder=self.scratch,
+            device=self.device,
+            threads=self.threads,
+            gpu=self.environment["gpu"]["uuid"] if "gpu" in self.environment else None,
+            reporter=self.reporter,
+            runner=self.runner,
+            order=self._order_generator,
+        )
 
     def run(self, gates: Sequence[Gate]) -> None:
         """All stages of all arms, and further looks while a gate is undecided."""
@@ -182,7 +197,8 @@ class _Experiment:
             for stage in (Stage.MEMORY, Stage.SCORING):
                 self._pass(stage, advance)
             self._launches(self.options.launches, advance)
-        while stages := self._undecided(gates):
+        while open_metrics := self._undecided(gates):
+            stages = {metric.stage for metric in open_metrics}
             if self.looks >= self.options.looks:
                 break
             seconds = sum(self._cost(stage) for stage in stages)
@@ -192,14 +208,15 @@ class _Experiment:
                     f"which the budget of {self.options.budget:g} s does not leave"
                 )
                 break
-            if not self._look(stages):
+            if not self._look(open_metrics):
                 self.reporter.message("undecided, and there is no more text to score")
                 break
 
-    def _look(self, stages: set[Stage]) -> bool:
+    def _look(self, open_metrics: Collection[Metric]) -> bool:
         """Measure twice as much of what is undecided; whether there was more to measure."""
-        lengthened = Stage.SCORING in stages and self._lengthen()
-        rounds = self.rounds if Stage.TIMING in stages else 0
+        scoring = [metric for metric in open_metrics if metric.stage is Stage.SCORING]
+        lengthened = bool(scoring) and self._lengthen(scoring)
+        rounds = self.rounds if len(scoring) < len(open_metrics) else 0
         if not (lengthened or rounds):
             return False
         self.looks += 1
@@ -224,28 +241,42 @@ class _Experiment:
         """Some rounds of timed launches, the arms of each in random order."""
         for _ in range(rounds):
             self.rounds += 1
-            for arm in self._order_generator.sample(self.arms, len(self.arms)):
-                self._launch(arm, self.rounds)
+            arms = self._order_generator.sample(self.arms, len(self.arms))
+            running = [arm for arm in arms if _can_run(arm)]
+            groups = [running] if running and self._fit(running) else [[arm] for arm in running]
+            for group in groups:
+                self._launch(group, self.rounds)
                 self._write(PROGRESS_FILE)
-                advance(1)
+            advance(len(arms))
 
-    def _undecided(self, gates: Sequence[Gate]) -> set[Stage]:
-        """The stages at which more measuring could decide a gate."""
+    def _fit(self, arms: Sequence[Arm]) -> bool:
+        """Whether these arms can be in memory together, by what each was seen to take at most.
+
+        On a GPU they cannot take turns: an arm that waits is a foreign process to the one that works.
+        """
+        if self.device != "cpu":
+            return False
+        peaks = [(arm.reference or arm if arm.role == "again" else arm).peak_bytes for arm in arms]
+        known = [peak for peak in peaks if peak is not None]
+        return len(known) == len(peaks) and sum(known) <= _MEMORY_SHARE * host.free_bytes()
+
+    def _undecided(self, gates: Sequence[Gate]) -> list[Metric]:
+        """The metrics of which more could decide a gate."""
         if self.options.budget == 0 or not gates:
-            return set()
+            return []
         results = [arm.result() for arm in self.arms]
-        open_metrics = {
+        open_quantities = {
             judgement.metric
             for judgement in judge(gates, results, self.options)
             if judgement.verdict is Verdict.UNDECIDED and not self._complete(judgement)
         }
-        metrics = {find(name) for arm in self.arms for name in arm.metrics}
-        return {
-            metric.stage
+        metrics = [find(name) for name in dict.fromkeys(name for arm in self.arms for name in arm.metrics)]
+        return [
+            metric
             for metric in metrics
             if metric.stage in (Stage.TIMING, Stage.SCORING)
-            and any(quantity.name in open_metrics for quantity in metric.quantities)
-        }
+            and any(quantity.name in open_quantities for quantity in metric.quantities)
+        ]
 
     def _complete(self, judgement: Judgement) -> bool:
         """Whether a gate judged all that there is to measure."""
@@ -256,22 +287,27 @@ class _Experiment:
         """Seconds of the next look at a stage: twice the text, or as many launches as there were."""
         return self._seconds[stage] * (2 if stage is Stage.SCORING else 1)
 
-    def _lengthen(self) -> bool:
-        """Take twice the text; whether there was more of it."""
+    def _lengthen(self, metrics: Collection[Metric]) -> bool:
+        """Take twice of what these metrics are scored on; whether there was more of it."""
         if self.options.stored_log_probabilities is not None:
             return False
-        sizes = ("tokens", "documents", "suite_limit")
+        of_examples = any(metric.of_examples for metric in metrics)
+        of_text = any(not metric.of_examples for metric in metrics)
+        sizes = [*(("tokens", "documents") if of_text else ()), *(("suite_limit",) if of_examples else ())]
         doubled = {name: 2 * value for name in sizes if (value := getattr(self.options, name)) is not None}
         longer = self.options.model_copy(update=doubled)
-        materials = self.prepare(longer)
-        grown = any(
-            len(material.sequences) > len(self.materials[path][1].sequences)
-            for path, material in materials.items()
-        )
-        if not grown and self.options.suite_limit is None:
+        if of_text:
+            materials = self.prepare(longer)
+            of_text = any(
+                len(material.sequences) > self.requests.sequences(path)
+                for path, material in materials.items()
+            )
+        # Of a suite without a limit everything was measured.
+        if not of_text and "suite_limit" not in doubled:
             return False
-        self.options = longer
-        self.place(materials)
+        self.options = self.requests.options = longer
+        if of_text:
+            self.requests.place(materials)
         return True
 
     def finish(self, gates: Sequence[Gate]) -> Results:
@@ -298,14 +334,14 @@ class _Experiment:
 
     def _once(self, arm: Arm, stage: Stage) -> None:
         begun = time.monotonic()
-        reply = self._request(arm, stage)
+        (reply,) = [None] if arm.unavailable is not None else self.requests.ask([arm], stage)
         if stage is Stage.SCORING:
             self._seconds[stage] = self._seconds[stage] + time.monotonic() - begun
         if reply is not None:
             arm.measurements.update(
                 {name: Measurement.model_validate(value) for name, value in reply["measurements"].items()}
             )
-            if stage is Stage.SCORING and not self._same_tokens(arm):
+            if stage is Stage.SCORING and not self.requests.same_tokens(arm):
                 reason = "BEFORE's tokenizer gives other tokens for the same text"
                 arm.measurements.update(
                     {
@@ -315,80 +351,19 @@ class _Experiment:
                     }
                 )
 
-    def _launch(self, arm: Arm, number: int) -> None:
-        failed = arm if arm.role != "again" else arm.reference or arm
-        if any(fault.stage.startswith(Stage.TIMING.value) for fault in (*arm.faults, *failed.faults)):
-            return
-        if failed.unavailable is not None:
-            return
+    def _launch(self, arms: Sequence[Arm], number: int) -> None:
+        """One launch of each of these arms, taking turns."""
         begun = time.monotonic()
-        self.order.append(arm.name)
-        reply = self._request(arm, Stage.TIMING, launch=number)
-        if reply is not None:
-            watched = Launch(round=number, **reply.get("launch", {}))
-            for reason in arm.add_launch(reply["measurements"], watched):
+        self.order += [arm.name for arm in arms]
+        replies = self.requests.ask(arms, Stage.TIMING, launch=number)
+        for arm, reply in zip(arms, replies, strict=True):
+            if reply is None:
+                continue
+            seen = dict(reply.get("launch", {}))
+            seen["conditions"] = {**seen.get("conditions", {}), "taking_turns": len(arms)}
+            for reason in arm.add_launch(reply["measurements"], Launch(round=number, **seen)):
                 self.reporter.message(f"{arm.name}: launch {number} cannot be trusted: {reason}")
         self._seconds[Stage.TIMING] += time.monotonic() - begun
-
-    def _same_tokens(self, arm: Arm) -> bool:
-        if arm.reference is None:
-            return True
-        ours = self.materials[arm.artifact.path][1].protocol.get("tokens")
-        return ours == self.materials[arm.reference.artifact.path][1].protocol.get("tokens")
-
-    def _reference(self, arm: Arm, stage: Stage) -> Arm | None:
-        """The arm whose model an AFTER is compared with while scoring."""
-        if stage is not Stage.SCORING or arm.reference is None or not self._same_tokens(arm):
-            return None
-        if arm.reference.unavailable is None:
-            return arm.reference
-        return next((a for a in self.arms if a.role == "before" and a.unavailable is None), None)
-
-    def _request(self, arm: Arm, stage: Stage, launch: int = 0) -> Mapping[str, Any] | None:
-        """One measured process; ``None`` where it gave nothing, which the arm then says."""
-        if arm.unavailable is not None:
-            return None
-        named = f"{stage.value} {launch}" if launch else stage.value
-        self.reporter.event("bench.run", arm=arm.name, stage=named)
-        reference = self._reference(arm, stage)
-        request = {
-            "artifact": str(arm.artifact.path.resolve()),
-            "runtime": arm.runtime,
-            "task": self.task.name,
-            "stage": stage.value,
-            "metrics": arm.metrics_at(stage),
-            "device": self.device,
-            "gpu": self._gpu(),
-            "threads": self.threads,
-            "options": self.options.model_dump(mode="json"),
-            "material": str(self.materials[arm.artifact.path][0]),
-            "reference": str(reference.artifact.path.resolve()) if reference else None,
-            "reference_runtime": reference.runtime if reference else None,
-            "cgroup": f"compress-bench-{os.getpid()}" if stage is Stage.MEMORY else None,
-            "stored": (reference or arm) is self.arms[0] and stage is Stage.SCORING,
-        }
-        reply = self.runner(request, stage=named, time_limit=self.options.time_limit, threads=self.threads)
-        if reply.fault is not None:
-            arm.faults.append(reply.fault)
-            arm.set_missing(stage, f"{reply.fault.kind}: {reply.fault.message}")
-            self.reporter.message(f"{arm.name}: {named} {reply.fault.kind}: {reply.fault.message}")
-            return None
-        if "unavailable" in reply.document:
-            reason = str(reply.document["unavailable"])
-            arm.unavailable = reason
-            arm.facts["unavailable"] = reason
-            for other in (Stage.TIMING, Stage.MEMORY, Stage.SCORING):
-                arm.set_missing(other, reason)
-            self.reporter.message(f"{arm.name}: n/a, {reason}")
-            return None
-        arm.facts.update(reply.document["facts"] if stage is Stage.MEMORY else {})
-        return reply.document
-
-    def _gpu(self) -> dict[str, Any] | None:
-        """Which GPU the models run on, and whether this process holds a context there."""
-        if "gpu" not in self.environment:
-            return None
-        return {"uuid": self.environment["gpu"]["uuid"], "shared": holds_context()}
 
     def _write(self, name: str, gates: Sequence[Gate] | None = None) -> Results:
         """Write what was measured; with gates, judged and complete."""
@@ -416,6 +391,13 @@ class _Experiment:
         for arm in arms:
             if arm.role == "after":
                 yield from flips_of(baseline(arm, arms), arm, suites)
+
+
+def _can_run(arm: Arm) -> bool:
+    """Whether a timed launch of an arm can still give something."""
+    model = arm.reference or arm if arm.role == "again" else arm
+    faults = (*arm.faults, *model.faults)
+    return model.unavailable is None and not any(f.stage.startswith(Stage.TIMING.value) for f in faults)
 
 
 def _command() -> tuple[str, ...]:

@@ -79,6 +79,19 @@ def cache_bytes(root: Path = _ROOT) -> int | None:
     return sum(size for (level, _), size in sizes.items() if level == last) or None
 
 
+def free_bytes(root: Path = _ROOT) -> int:
+    """Bytes of memory that processes of this cgroup may still take before something has to give way."""
+    import psutil
+
+    found = [psutil.virtual_memory().available]
+    for folder in _groups(root):
+        # Files of the second version of cgroups; where there is no limit the first says "max".
+        most, used = (_text(folder / f"memory.{name}") for name in ("max", "current"))
+        if most.isdigit() and used.isdigit():
+            found.append(int(most) - int(used))
+    return max(min(found), 0)
+
+
 def _cores() -> tuple[int, ...]:
     """Processors that this process may use."""
     allowed = getattr(os, "sched_getaffinity", None)

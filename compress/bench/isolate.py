@@ -1,20 +1,29 @@
-"""A measurement in a process of its own: JSON in, JSON out.
+"""Measurements in processes of their own: JSON in, JSON out; several may take turns.
 
 Whatever happens to a candidate (it crashes in native code, is killed, runs out of memory, hangs) happens
 to its process alone and becomes a row that says so; the other arms stand. A fresh process is also the only
 honest start of a timing: no allocator, cache or thread pool is warm from the arm before.
+
+Processes that are run together take turns. Each imports what it needs, says that it is ready, and waits;
+from then on one of them works at a time and all others are blocked. So samples that are to be compared lie
+as near in time as they can, and a machine that drifts slows them alike.
 """
 
+import contextlib
 import json
 import os
+import random
+import selectors
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from types import TracebackType
+from typing import IO, Any, Final, Literal, Self, final
 
 from compress.bench import cgroup
 from compress.bench.results import Fault
@@ -22,6 +31,7 @@ from compress.bench.results import Fault
 WORKER: Final = (sys.executable, "-m", "compress.bench.worker")
 _TAIL: Final = 2_000
 """Characters of a dying process's last words that are kept."""
+_POLL_SECONDS: Final = 0.1
 _THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -39,28 +49,56 @@ class Reply:
 
 
 def run(
-    request: Mapping[str, Any],
+    requests: Sequence[Mapping[str, Any]],
     *,
     stage: str,
     time_limit: float,
     threads: int,
-    command: Sequence[str] = WORKER,
-) -> Reply:
-    """Run one request in a fresh process and wait for it.
+    order: random.Random | None = None,
+    commands: Sequence[Sequence[str]] | None = None,
+) -> list[Reply]:
+    """Run each request in a fresh process, and wait for all of them; several take turns.
 
-    The process gets the request on its standard input and the path of its reply as its last argument. Its
-    output is kept for the last words of a crash and shown to nobody.
+    A process gets its request as the first line of its standard input and the path of its reply as its last
+    argument. Its output is kept for the last words of a crash and shown to nobody. The request's ``turns``
+    is a file descriptor: a byte written there says that the process waits for its turn, which a further
+    line on its standard input gives. Turns begin when all processes wait (or have ended): what is done
+    before is done side by side, and whatever follows is done alone.
 
     Args:
-        request: anything that JSON can say.
+        requests: anything that JSON can say.
         stage: what is measured, for the record.
-        time_limit: seconds; then the process and all that it started are killed.
+        time_limit: seconds until a process waits for its first turn, and of each turn; then it and all that
+            it started are killed.
         threads: of its arithmetic libraries, set before they are imported.
-        command: the worker.
+        order: draws the order of each round of turns; without one it is that of the requests.
+        commands: the worker of each request.
     """
-    with tempfile.TemporaryDirectory(prefix="compress-bench-") as folder:
-        answer = Path(folder) / "reply.json"
-        words = Path(folder) / "output.txt"
+    workers = [WORKER] * len(requests) if commands is None else commands
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(_Process(request, stage, threads, command))
+            for request, command in zip(requests, workers, strict=True)
+        ]
+        waiting = [process for process in processes if process.waits(time_limit)]
+        while waiting:
+            turns = waiting if order is None else order.sample(waiting, len(waiting))
+            had = {id(process) for process in turns if process.turn(time_limit)}
+            waiting = [process for process in waiting if id(process) in had]
+        return [process.reply() for process in processes]
+
+
+@final
+class _Process:
+    """One measured process, until it is left."""
+
+    def __init__(self, request: Mapping[str, Any], stage: str, threads: int, command: Sequence[str]) -> None:
+        self._stage = stage
+        self._cgroup = request.get("cgroup")
+        self._late: float | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="compress-bench-")
+        self._answer = Path(self._folder.name) / "reply.json"
+        self._words = Path(self._folder.name) / "output.txt"
         environment = {
             **os.environ,
             **dict.fromkeys(_THREADS, str(threads)),
@@ -69,39 +107,95 @@ def run(
         root = str(Path(__file__).resolve().parents[2])
         path = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = f"{root}{os.pathsep}{path}" if path else root
-        with words.open("wb") as output:
-            process = subprocess.Popen(
-                [*command, str(answer)],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-            late = False
-            try:
-                process.communicate(json.dumps(request).encode(), timeout=time_limit)
-            except subprocess.TimeoutExpired:
-                late = True
-            finally:
-                # Also when we ourselves are interrupted: nothing may go on running behind.
-                if process.poll() is None:
-                    _kill(process)
-                if request.get("cgroup") is not None:
-                    cgroup.remove(request["cgroup"])
-        if late:
-            return Reply(fault=Fault(stage=stage, kind="timed-out", message=f"no end after {time_limit:g} s"))
-        return _judged(process.returncode, answer, words, stage)
+        self._ready, theirs = os.pipe()
+        try:
+            with self._words.open("wb") as output:
+                self._process = subprocess.Popen(
+                    [*command, str(self._answer)],
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                    pass_fds=(theirs,),
+                )
+        finally:
+            os.close(theirs)
+        self._say(json.dumps({**request, "turns": theirs}))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Also when we ourselves are interrupted: nothing may go on running behind.
+        if self._process.poll() is None:
+            self._kill()
+        # Closing says to the pipe what could not be said before, to a process that is gone.
+        with contextlib.suppress(BrokenPipeError):
+            _stdin(self._process).close()
+        os.close(self._ready)
+        if self._cgroup is not None:
+            cgroup.remove(self._cgroup)
+        self._folder.cleanup()
+
+    def waits(self, time_limit: float) -> bool:
+        """Whether the process comes to wait for its turn; if not, it has ended, by itself or by force."""
+        until = time.monotonic() + time_limit
+        while (left := until - time.monotonic()) > 0:
+            # Its end is looked for as well: what it started may hold the pipe open.
+            state = self._state(min(left, _POLL_SECONDS))
+            if state != "works":
+                return state == "waits"
+        self._late = time_limit
+        self._kill()
+        return False
+
+    def turn(self, time_limit: float) -> bool:
+        """Let it work until it waits again; whether it does."""
+        self._say("")
+        return self.waits(time_limit)
+
+    def reply(self) -> Reply:
+        """What came of it, after it has ended."""
+        if self._late is not None:
+            message = f"no end after {self._late:g} s"
+            return Reply(fault=Fault(stage=self._stage, kind="timed-out", message=message))
+        return _judged(self._process.returncode, self._answer, self._words, self._stage)
+
+    def _state(self, seconds: float) -> Literal["works", "waits", "ended"]:
+        """What it does, as soon as that changes, or after some seconds."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._ready, selectors.EVENT_READ)
+            if selector.select(seconds):
+                if os.read(self._ready, 1):
+                    return "waits"
+                # The pipe has ended, so the process is about to.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(seconds)
+        return "works" if self._process.poll() is None else "ended"
+
+    def _say(self, line: str) -> None:
+        # A process that is gone already is judged by how it ended.
+        with contextlib.suppress(BrokenPipeError):
+            _stdin(self._process).write(f"{line}\n".encode())
+            _stdin(self._process).flush()
+
+    def _kill(self) -> None:
+        """End the process and the session that it leads."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        finally:
+            self._process.wait()
 
 
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """End a process and the session that it leads."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    finally:
-        process.wait()
+def _stdin(process: "subprocess.Popen[bytes]") -> IO[bytes]:
+    if process.stdin is None:
+        raise ValueError("the process was started without a pipe to its standard input")
+    return process.stdin
 
 
 def _judged(code: int, answer: Path, words: Path, stage: str) -> Reply:

@@ -227,6 +227,8 @@ def _statistic(summary: Summary, kind: EffectKind) -> Callable[..., Array]:
 
     def statistic(*columns: Array, axis: int = -1) -> Array:
         found = means(columns, axis)
+        if summary == "root-mean":
+            found = [np.sqrt(mean) for mean in found]
         if kind == "ratio":
             return found[1] - found[0] if exponential else np.asarray(np.log(found[1] / found[0]))
         levels = [np.asarray(np.exp(mean)) if exponential else mean for mean in found]
@@ -339,12 +341,13 @@ def _two_stages(
 ) -> Array:
     """The statistic of resampled launches with resampled iterations, ``[resamples]``.
 
-    Launches are drawn for all arms together, since a round of launches shares what the machine did at
-    the time; iterations are drawn for each arm by itself.
+    Both are drawn for all arms together: a round of launches shares what the machine did at the time, and
+    within it the samples of one turn do.
     """
     generator = np.random.default_rng(seed)
     columns: list[Array] = []
     chosen: NDArray[np.int64] | None = None
+    within: NDArray[np.int64] | None = None
     for arm in arms:
         # Samples lie in order of launches; `_iterates` made sure that they are a rectangle.
         order = np.argsort(np.asarray(arm.clusters), kind="stable")
@@ -354,7 +357,8 @@ def _two_stages(
         launches, iterations = logs.shape
         if chosen is None:
             chosen = generator.integers(launches, size=(resamples, launches))
-        within = generator.integers(iterations, size=(resamples, launches, iterations))
+        if within is None or within.shape[-1] != iterations:
+            within = generator.integers(iterations, size=(resamples, launches, iterations))
         drawn = logs[chosen[..., None], within].sum(-1)
         columns += [np.full_like(drawn, float(iterations)), drawn]
     return np.asarray(statistic(*columns, axis=-1), dtype=np.float64)

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Answer one request."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    request = json.load(sys.stdin)
+    request = json.loads(sys.stdin.readline())
     reply = Path(sys.argv[1])
     if request.get("cgroup") is not None:
         # Before torch is imported, so that its memory counts too.
@@ -34,7 +34,7 @@ def main() -> None:
         request["charged" if isinstance(entered, Path) else "uncharged"] = str(entered)
     # Other libraries' warnings are not for the reader of a report.
     warnings.simplefilter("ignore")
-    document = answer(request)
+    document = answer(request, _turns(request["turns"]))
     partial = reply.with_suffix(".partial")
     partial.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
     partial.replace(reply)
@@ -47,7 +47,23 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+def _turns(descriptor: int) -> Callable[[], None]:
+    """What waits until it is this process's turn; the counterpart of `compress.bench.isolate.run`."""
+
+    def take_turn() -> None:
+        os.write(descriptor, b"\n")
+        if not sys.stdin.readline():
+            # Nobody is there any more who could give a turn.
+            os._exit(1)
+
+    return take_turn
+
+
+def _none() -> None:
+    """No process waits for this one."""
+
+
+def answer(request: Mapping[str, Any], take_turn: Callable[[], None] = _none) -> dict[str, Any]:
     """Measure what a request asks for.
 
     Args:
@@ -57,6 +73,8 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             reference, or without one of the artifact itself. Of a process of its own also ``charged``, the
             folder of its cgroup, or ``uncharged``, why it has none. On a GPU ``gpu``: its ``uuid``, and
             ``shared``, whether the process that asks holds a context there.
+        take_turn: returns when no other process of the experiment works. It is called before the model is
+            loaded, and from then on before each sample.
 
     Returns:
         ``measurements`` and ``facts``, and of a timed launch ``launch``: what was watched around it, and
@@ -68,7 +86,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(int(request["threads"]))
     try:
-        return _measured(request)
+        return _measured(request, take_turn)
     except Unavailable as error:
         return {"unavailable": error.message}
     except CompressError as error:
@@ -85,7 +103,9 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": {"kind": type(error).__name__, "message": f"{type(error).__name__}: {error}"}}
 
 
-def _measured(request: Mapping[str, Any]) -> dict[str, Any]:
+def _measured(request: Mapping[str, Any], take_turn: Callable[[], None]) -> dict[str, Any]:
+    import torch
+
     from compress.bench import log_probabilities
     from compress.bench.bandwidth import Probe
     from compress.bench.clock import clock_of
@@ -113,6 +133,7 @@ def _measured(request: Mapping[str, Any]) -> dict[str, Any]:
         skeleton(artifact, task=task.name, trust_remote_code=options.trust_remote_code)
     gpu, tenants = _gpu(request)
     timed = request["stage"] == Stage.TIMING
+    take_turn()
     baseline = host_memory()
     watch = Watch(options.steal_limit, gpu, tenants) if timed else None
     start = time.perf_counter()
@@ -146,12 +167,15 @@ def _measured(request: Mapping[str, Any]) -> dict[str, Any]:
         clock=clock,
         probe=Probe(str(session.facts.get("device", "")), clock, session) if timed else None,
         tenants=tenants,
+        take_turn=take_turn,
     )
     measurements: dict[str, Measurement] = {}
-    for name in request["metrics"]:
-        measurements |= find(name).measure(subject)
-        if watch is not None:
-            watch.look()
+    # Once for all, because entering this mode takes as long as some operations of a small model.
+    with torch.inference_mode():
+        for name in request["metrics"]:
+            measurements |= find(name).measure(subject)
+            if watch is not None:
+                watch.look()
     if recorder is not None:
         recorder.save()
     reply: dict[str, Any] = {"facts": dict(session.facts)}

@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Direction = Literal["lower", "higher", "neither"]
 """Which change of a quantity is an improvement; it belongs to the metric, never to a name."""
 
-Summary = Literal["exact", "mean", "geometric-mean", "exponential-mean"]
+Summary = Literal["exact", "mean", "root-mean", "geometric-mean", "exponential-mean"]
 """How samples become one value: ``exact`` has no samples; ``exponential-mean`` is the exponential of the
-weighted mean, which makes a perplexity out of nats."""
+weighted mean, which makes a perplexity out of nats; ``root-mean`` its square root, for samples that are
+squares."""
 
 EffectKind = Literal["value", "difference", "ratio"]
 
@@ -210,7 +211,7 @@ def summarize(samples: Sequence[float], weights: Sequence[float] | None, summary
     """One value from samples.
 
     Args:
-        samples: at least one; positive for a geometric mean.
+        samples: at least one; positive for a geometric mean, not negative for a root mean.
         weights: of the samples, or none.
 
     Raises:
@@ -218,6 +219,8 @@ def summarize(samples: Sequence[float], weights: Sequence[float] | None, summary
     """
     if summary == "exact":
         raise ValueError("an exact value is not made from samples")
+    if summary == "root-mean" and min(samples) < 0:
+        raise ValueError(f"squares are not negative, got {min(samples)}")
     if summary == "geometric-mean" and min(samples) <= 0:
         raise ValueError(f"a geometric mean takes positive samples, got {min(samples)}")
     values = [math.log(sample) for sample in samples] if summary == "geometric-mean" else list(samples)
@@ -225,6 +228,8 @@ def summarize(samples: Sequence[float], weights: Sequence[float] | None, summary
     mean = math.fsum(w * v for w, v in zip(used, values, strict=True)) / math.fsum(used)
     if summary == "mean":
         return mean
+    if summary == "root-mean":
+        return math.sqrt(mean)
     try:
         return math.exp(mean)
     except OverflowError:

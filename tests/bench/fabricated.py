@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,15 @@ import torch
 from compress.bench.isolate import Reply
 from compress.bench.material import Material
 from compress.core.measurement import Measurement
+
+
+def one_by_one(measure: Any) -> Any:
+    """A runner from what answers a single request; it knows no turns."""
+
+    def run(requests: Sequence[Mapping[str, Any]], **circumstances: Any) -> list[Reply]:
+        return [measure(request, **circumstances) for request in requests]
+
+    return run
 
 
 def fabricated(rates: Any) -> Any:
@@ -40,7 +49,7 @@ def fabricated(rates: Any) -> Any:
             }
         return Reply({"measurements": found, "facts": {}})
 
-    return run
+    return one_by_one(run)
 
 
 def steady(artifact: str, launch: int) -> list[float]:

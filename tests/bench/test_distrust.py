@@ -9,7 +9,7 @@ from compress.bench.isolate import Reply
 from compress.bench.report.terminal import plain
 from compress.bench.results import Results
 from compress.core.measurement import Measurement
-from tests.bench.fabricated import fabricated, steady
+from tests.bench.fabricated import fabricated, one_by_one, steady
 from tests.dummies import Recorder
 
 OPTIONS = {
@@ -31,7 +31,7 @@ def test_a_launch_that_cannot_be_trusted_is_kept_marked_and_told(
 
     def throttled(*launches: int) -> Any:
         def run(request: Mapping[str, Any], *, stage: str, **others: Any) -> Reply:
-            document = dict(fabricated(steady)(request, stage=stage, **others).document)
+            document = dict(fabricated(steady)([request], stage=stage, **others)[0].document)
             if stage.startswith("timing"):
                 document["launch"] = {"conditions": {"steal_share": 0.25}, "distrust": []}
             if "int4" in request["artifact"] and stage in {f"timing {number}" for number in launches}:
@@ -52,7 +52,7 @@ def test_a_launch_that_cannot_be_trusted_is_kept_marked_and_told(
             str(text),
             gates=[GATE],
             options=OPTIONS,
-            runner=throttled(*launches),
+            runner=one_by_one(throttled(*launches)),
             reporter=listener,
         )
 

@@ -1,6 +1,6 @@
 """The experiment: order, isolation, rows for what failed, verdicts, files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -8,17 +8,18 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from compress.bench import isolate, worker
+from compress.bench import host, isolate, worker
 from compress.bench.experiment import compare
 from compress.bench.isolate import Reply
 from compress.bench.judging import judge_again
 from compress.bench.report.terminal import plain
 from compress.bench.results import ArmResult, Fault, Results
+from compress.core.bench import Bench
 from compress.core.errors import TargetError, UsageError
 from compress.core.gate import Gate
 from compress.core.measurement import Measurement
 from tests import models_zoo, quantized_models
-from tests.bench.fabricated import fabricated, steady
+from tests.bench.fabricated import fabricated, one_by_one, steady
 
 SMALL = {
     "launches": 2,
@@ -60,7 +61,7 @@ def results(before: Path, after: Path, text: Path, tmp_path_factory: pytest.Temp
         str(text),
         gates=GATES,
         options={**SMALL, "runtimes": ("torch-eager", "torch-int4")},
-        runner=in_process,
+        runner=one_by_one(in_process),
     )
     assert sorted(path.name for path in out.iterdir()) == ["junit.xml", "report.md", "results.json"]
     assert Results.read(out / "results.json") == found
@@ -145,7 +146,13 @@ def test_a_candidate_that_fails_becomes_a_row(
         {"metric": "decode.tokens_per_second", "test": "non-inferiority", "margin": "99%"},
     ]
     found = compare(
-        before, [after], tmp_path, str(text), gates=gates, options=SMALL, runner=failing(kind, when)
+        before,
+        [after],
+        tmp_path,
+        str(text),
+        gates=gates,
+        options=SMALL,
+        runner=one_by_one(failing(kind, when)),
     )
     arm = found.arm("after@torch-eager")
     assert [fault.kind for fault in arm.faults] == [kind]
@@ -172,7 +179,7 @@ def test_results_are_kept_while_it_runs(before: Path, after: Path, text: Path, t
         return in_process(request, stage=stage, **others)
 
     with pytest.raises(KeyboardInterrupt):
-        compare(before, [after], tmp_path, str(text), options=SMALL, runner=watching)
+        compare(before, [after], tmp_path, str(text), options=SMALL, runner=one_by_one(watching))
     assert not seen[0].complete
     kept = Results.read(tmp_path / "results.partial.json")
     assert kept.arm("after@torch-eager").measurements["fidelity.kl"].value is not None
@@ -226,7 +233,7 @@ def test_the_worker_answers_from_its_own_process(before: Path, text: Path, tmp_p
         "options": options.model_dump(mode="json"),
         "material": str(file),
     }
-    reply = isolate.run(request, stage="timing", time_limit=120.0, threads=1)
+    (reply,) = isolate.run([request], stage="timing", time_limit=120.0, threads=1)
     assert reply.fault is None
     assert set(reply.document["measurements"]) == {
         "load.seconds",
@@ -264,7 +271,7 @@ def test_an_encoder_has_its_own_quantities(tmp_path: Path, text: Path) -> None:
         str(text),
         gates=[{"metric": "fidelity.cosine", "test": "bound", "at_least": 0.5}],
         options={**SMALL, "runtimes": ("torch-eager", "torch-int4")},
-        runner=in_process,
+        runner=one_by_one(in_process),
     )
     assert found.task == "feature-extraction"
     packed = found.arm("after@torch-int4").measurements
@@ -277,7 +284,9 @@ def test_an_encoder_has_its_own_quantities(tmp_path: Path, text: Path) -> None:
 def test_speed_is_taken_at_further_shapes(before: Path, after: Path, text: Path, tmp_path: Path) -> None:
     options = {**SMALL, "shapes": ("2x4", "3x6")}
     gate = {"metric": "decode.3x6.tokens_per_second", "test": "non-inferiority", "margin": "99.9%"}
-    found = compare(before, [after], tmp_path, str(text), options=options, gates=[gate], runner=in_process)
+    found = compare(
+        before, [after], tmp_path, str(text), options=options, gates=[gate], runner=one_by_one(in_process)
+    )
     measured = found.arm("after@torch-eager").measurements
     assert measured["decode.tokens_per_second"].conditions["batch"] == 1
     shape = {"batch": 3, "prompt": 6, "new": 2, "launches": 2}
@@ -293,7 +302,12 @@ def test_a_shape_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         compare(
-            before, [after], tmp_path, str(text), options={**SMALL, "shapes": (shape,)}, runner=in_process
+            before,
+            [after],
+            tmp_path,
+            str(text),
+            options={**SMALL, "shapes": (shape,)},
+            runner=one_by_one(in_process),
         )
 
 
@@ -332,6 +346,61 @@ def test_an_undecided_perplexity_takes_more_text(
     assert found.looks > 1
     assert found.options["tokens"] == 64 * 2 ** (found.looks - 1)
     assert len(found.arm("after@torch-eager").measurements["perplexity"].samples) > 4
+
+
+def test_only_what_is_undecided_is_measured_on_more(
+    before: Path, after: Path, text: Path, tmp_path: Path
+) -> None:
+    suite = tmp_path / "suite.jsonl"
+    suite.write_text("".join('{"context": "a", "continuation": "b"}\n' for _ in range(64)))
+
+    def answered(request: Mapping[str, Any], *, stage: str, **_: Any) -> Reply:
+        if stage != "scoring":
+            return Reply({"measurements": {}, "facts": {}})
+        count = Bench.of(request["options"]).suite_limit or 0
+        right = [1.0, 1.0, 0.0, 1.0] * (count // 4)
+        if "int4" in request["artifact"]:
+            right = [1.0, 0.0, 1.0, 1.0] * (count // 4)
+        accuracy = Measurement.sampled(right, summary="mean", better="higher")
+        return Reply(
+            {"measurements": {"suite.suite.accuracy": accuracy.model_dump(mode="json")}, "facts": {}}
+        )
+
+    options = {**SMALL, "launches": 1, "budget": 600, "suites": (str(suite),), "suite_limit": 8}
+    gate = {"metric": "suite.suite.accuracy", "test": "non-inferiority", "margin": 0.1}
+    found = compare(
+        before, [after], tmp_path, str(text), gates=[gate], options=options, runner=one_by_one(answered)
+    )
+    assert found.looks == 4
+    assert found.options["suite_limit"] == 8 * 2**3
+    assert found.options["tokens"] == Bench.of(SMALL).tokens
+
+
+def test_arms_take_turns_where_memory_holds_them(
+    before: Path, after: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def watching(requests: Sequence[Mapping[str, Any]], *, stage: str, **others: Any) -> list[Reply]:
+        asked.append((stage, len(requests)))
+        replies: list[Reply] = fabricated(steady)(requests, stage=stage, **others)
+        peak = Measurement.exact(100.0, "B", "lower").model_dump(mode="json")
+        for reply in replies if stage == "memory" else []:
+            reply.document["measurements"]["memory.peak_bytes"] = peak
+        return replies
+
+    def launches(free: int) -> list[int]:
+        asked.clear()
+        monkeypatch.setattr(host, "free_bytes", lambda: free)
+        options = {**SMALL, "launches": 2, "noise_floor": True}
+        found = compare(before, [after], tmp_path, str(text), options=options, runner=watching)
+        timed = [count for stage, count in asked if stage.startswith("timing")]
+        conditions = [launch.conditions["taking_turns"] for launch in found.arms[0].launches]
+        assert conditions == [timed[0]] * 2
+        return timed
+
+    assert launches(free=400) == [3, 3]
+    assert launches(free=200) == [1] * 6
 
 
 def test_before_is_launched_again_to_see_the_noise(
@@ -379,10 +448,12 @@ def test_without_a_baseline_the_exit_code_says_so(
     def run(request: Mapping[str, Any], *, stage: str, **others: Any) -> Reply:
         if stage == "scoring" and "int4" not in request["artifact"]:
             return Reply(fault=Fault(stage=stage, kind="crashed", message="it went wrong"))
-        return fabricated(steady)(request, stage=stage, **others)
+        (reply,) = fabricated(steady)([request], stage=stage, **others)
+        assert isinstance(reply, Reply)
+        return reply
 
     gate = {"metric": "perplexity", "test": "non-inferiority", "margin": "10%"}
-    found = compare(before, [after], tmp_path, str(text), gates=[gate], options=SMALL, runner=run)
+    found = compare(before, [after], tmp_path, str(text), gates=[gate], options=SMALL, runner=one_by_one(run))
     assert found.verdict == "INVALID"
     assert found.exit_code == 13
     junit = ElementTree.parse(tmp_path / "junit.xml").getroot()

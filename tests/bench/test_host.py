@@ -101,3 +101,21 @@ def test_the_last_level_of_cache_counts_once_where_it_is_shared(tmp_path: Path) 
     assert host.cache_bytes(tmp_path) == 32 * 2**20
     cache(tmp_path, 1, 2, 3, "32M", "8-15")
     assert host.cache_bytes(tmp_path) == 64 * 2**20
+
+
+def test_free_memory_is_what_the_system_and_every_cgroup_leave(tmp_path: Path) -> None:
+    everything = host.free_bytes(tmp_path)
+    assert everything > 0
+    group = tmp_path / "sys/fs/cgroup"
+    (group / "inner").mkdir(parents=True)
+    (group / "cgroup.controllers").write_text("cpu memory\n")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/inner\n")
+    (group / "inner/memory.max").write_text("max\n")
+    (group / "inner/memory.current").write_text("5\n")
+    assert host.free_bytes(tmp_path) > 5
+    (group / "memory.max").write_text("1000\n")
+    (group / "memory.current").write_text("400\n")
+    assert host.free_bytes(tmp_path) == 600
+    (group / "memory.current").write_text("1200\n")
+    assert host.free_bytes(tmp_path) == 0

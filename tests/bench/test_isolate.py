@@ -1,6 +1,7 @@
 """Whatever happens to a measured process becomes a row that says so."""
 
 import os
+import random
 import sys
 import time
 from pathlib import Path
@@ -9,12 +10,14 @@ import pytest
 
 from compress.bench.isolate import Reply, run
 
-PREFIX = "import json, os, sys, time; request = json.load(sys.stdin); path = sys.argv[1]\n"
+PREFIX = "import json, os, sys, time; request = json.loads(sys.stdin.readline()); path = sys.argv[1]\n"
+TURN = "os.write(request['turns'], b'.'); sys.stdin.readline()\n"
 
 
 def ran(program: str, *, time_limit: float = 60.0, **request: object) -> Reply:
     command = (sys.executable, "-c", PREFIX + program)
-    return run(request, stage="timing", time_limit=time_limit, threads=1, command=command)
+    (reply,) = run([request], stage="timing", time_limit=time_limit, threads=1, commands=[command])
+    return reply
 
 
 def test_json_in_json_out() -> None:
@@ -73,6 +76,68 @@ def test_a_hang_ends_with_all_that_it_started(tmp_path: Path) -> None:
             return
         time.sleep(0.05)
     pytest.fail("the hanging process left a child behind")
+
+
+NOTING = """
+def note(what):
+    with open(request['notes'], 'a') as notes:
+        notes.write(f"{request['name']} {what}\\n")
+"""
+
+
+def together(notes: Path, programs: dict[str, str], *, time_limit: float = 60.0) -> dict[str, Reply]:
+    """Processes that take turns; they write into one file what they do."""
+    replies = run(
+        [{"name": name, "notes": str(notes)} for name in programs],
+        stage="timing 1",
+        time_limit=time_limit,
+        threads=1,
+        order=random.Random(0),
+        commands=[(sys.executable, "-c", PREFIX + NOTING + program) for program in programs.values()],
+    )
+    return dict(zip(programs, replies, strict=True))
+
+
+def working(samples: int) -> str:
+    """A process that begins and ends each of its samples while no other does."""
+    sample = "note('begins'); time.sleep(0.02); note('ends')\n"
+    return (TURN + sample) * samples + "open(path, 'w').write(json.dumps({'name': request['name']}))"
+
+
+def test_processes_take_turns_in_random_order(tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    replies = together(notes, {name: working(6) for name in "abc"})
+    assert {name: reply.document for name, reply in replies.items()} == {n: {"name": n} for n in "abc"}
+    lines = notes.read_text().split("\n")[:-1]
+    begun, ended = lines[::2], lines[1::2]
+    assert [line.replace("begins", "ends") for line in begun] == ended
+    order = "".join(line[0] for line in begun)
+    rounds = [order[at : at + 3] for at in range(0, 18, 3)]
+    assert all(sorted(found) == ["a", "b", "c"] for found in rounds)
+    assert len(set(rounds)) > 1
+
+
+def test_turns_begin_when_all_have_come_to_wait(tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    slow = "time.sleep(1); note('imported')\n" + working(1)
+    together(notes, {"a": working(1), "b": slow})
+    assert notes.read_text().split("\n")[0] == "b imported"
+
+
+def test_who_ends_early_or_never_leaves_the_turns_to_the_others(tmp_path: Path) -> None:
+    programs = {
+        "a": working(4),
+        "killed": TURN + "os.kill(os.getpid(), 9)",
+        "short": working(1),
+        "hangs": TURN + "time.sleep(600)",
+        "never": "time.sleep(600)",
+    }
+    replies = together(tmp_path / "notes", programs, time_limit=8.0)
+    assert replies["a"].fault is None
+    assert replies["short"].document == {"name": "short"}
+    kinds = {name: reply.fault.kind for name, reply in replies.items() if reply.fault is not None}
+    assert kinds == {"killed": "killed", "hangs": "timed-out", "never": "timed-out"}
+    assert (tmp_path / "notes").read_text().count("a ends") == 4
 
 
 def _lives(pid: int) -> bool:

@@ -19,6 +19,7 @@ from compress.core.bench import Bench
 from compress.core.errors import DataError
 from compress.data.corpora import documents
 from compress.models.tasks import TASKS
+from tests.bench.fabricated import one_by_one
 
 WHOSE = {"model": "abc", "tokens": "def", "dtype": "float32"}
 
@@ -161,14 +162,16 @@ def test_an_experiment_stores_once_and_reads_after(
     }
     runtimes = ("torch-eager", "torch-int4")
     options = {**small, "window": 32, "stored_log_probabilities": str(file), "runtimes": runtimes}
-    found = compare(before, [after], tmp_path / "out", str(text), options=options, runner=in_process)
+    found = compare(
+        before, [after], tmp_path / "out", str(text), options=options, runner=one_by_one(in_process)
+    )
     for name in ("after@torch-eager", "after@torch-int4"):
         assert found.arm(name).measurements["fidelity.kl"].conditions["divergence"].startswith("lower bound")
     assert found.arm("before@torch-eager").measurements["fidelity.kl"].reason == "this arm is the reference"
     written = file.read_bytes()
-    compare(before, [after], tmp_path / "out", str(text), options=options, runner=in_process)
+    compare(before, [after], tmp_path / "out", str(text), options=options, runner=one_by_one(in_process))
     assert file.read_bytes() == written
     count = len(loaded)
     with pytest.raises(DataError, match="something else: model"):
-        compare(after, [before], tmp_path / "out", str(text), options=options, runner=in_process)
+        compare(after, [before], tmp_path / "out", str(text), options=options, runner=one_by_one(in_process))
     assert len(loaded) == count

@@ -184,6 +184,26 @@ def test_launches_and_their_iterations_are_resampled_in_two_stages() -> None:
     assert math.log(found.low) == pytest.approx(means.mean() - 1.645 * error, abs=0.1 * error)
 
 
+def test_samples_of_one_turn_are_drawn_together() -> None:
+    """What slows both arms down at one moment is no difference between them, however large it is."""
+    generator = np.random.default_rng(7)
+    launches, turns = 30, 6
+    moment = generator.normal(0, 0.3, (launches, turns))
+    clusters = [launch for launch in range(launches) for _ in range(turns)]
+    before, after = (
+        sampled(
+            np.exp(moment + generator.normal(0, 0.01, (launches, turns))).ravel(),
+            "geometric-mean",
+            clusters=clusters,
+        )
+        for _ in range(2)
+    )
+    found = effect(after, before, "ratio")
+    assert found.low is not None
+    assert found.high is not None
+    assert found.high - found.low < 4 * 1.645 * 0.01 * math.sqrt(2 / (launches * turns))
+
+
 def test_the_smallest_detectable_change_is_found_four_times_in_five() -> None:
     generator = np.random.default_rng(6)
     noise = generator.normal(0, 0.05, 12)

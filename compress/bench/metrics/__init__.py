@@ -117,6 +117,7 @@ class Subject:
         clock: what times the session's work.
         probe: the memory that weights are read from, to check rates against.
         tenants: who is on the session's GPU; or why that is not known.
+        take_turn: called before each timed sample; it returns when no other process of the experiment works.
         observed: what belongs to a launch's record beside the measurements, filled by metrics.
         memo: what one metric computed and another may read, so that a text is run through once.
     """
@@ -136,6 +137,7 @@ class Subject:
     clock: Clock = field(default_factory=WallClock)
     probe: "Probe | None" = None
     tenants: "Tenants | str" = "the model does not run on a GPU"
+    take_turn: Callable[[], None] = lambda: None
     observed: dict[str, Any] = field(default_factory=dict, compare=False)
     memo: dict[str, Any] = field(default_factory=dict, compare=False)
 
@@ -167,6 +169,8 @@ class Metric(ABC):
 
     title: ClassVar[str]
     stage: ClassVar[Stage]
+    of_examples: ClassVar[bool] = False
+    """Whether it is scored on the examples of a suite, and not on the experiment's text."""
     quantities: tuple[Quantity, ...]
     """Of the class: all that it may give, a ``*`` standing for the name of a source. Of an instance with a
     source: those that this source gives."""

@@ -62,22 +62,28 @@ class Throughput(Metric):
         )
 
     def measure(self, subject: Subject) -> dict[str, Measurement]:
-        """A warm-up, and then the timed samples, all at the same shape.
+        """A warm-up, and then the timed samples, all at the same shape; each is a turn of its own.
 
         A sample is as many iterations as it takes to fill its least time: a single short one would say
-        more about the machine at that moment than about the model.
+        more about the machine at that moment than about the model. While others had their turn the caches
+        were theirs, so where iterations are short each sample is preceded by one that does not count.
         """
         rate = self.quantities[0]
         shape, material = self._shape, subject.given
         prompts = material.prompts if shape is None else material.prompts_of(shape.batch, shape.length)
         iterate = self.iteration(subject, prompts)
-        iterate()
+        subject.take_turn()
+        _, first = iterate()
         rates, timings = [], []
         doubts: dict[str, str] = {}
         wanted = self.amount(subject, prompts)
+        least = subject.options.sample_seconds
         for _ in range(subject.options.repeats):
+            subject.take_turn()
+            if first.seconds < least:
+                iterate()
             amount, seconds = 0, 0.0
-            while seconds < subject.options.sample_seconds or seconds == 0:
+            while seconds < least or seconds == 0:
                 done, timing = iterate()
                 timings.append(timing)
                 amount, seconds = amount + done, seconds + timing.seconds

@@ -105,21 +105,16 @@ def _of_text(subject: Subject, scores: Scores) -> dict[str, Measurement]:
         (DIVERGENCE, [each.divergence for each in scores.compared], of_divergence),
         (AGREEMENT, [each.agrees for each in scores.compared], conditions),
         (CHANGE, changes, conditions),
+        (CHANGE_SIZE, [change.square() for change in changes], conditions),
         (LOG_RATIO, ratios, conditions),
     ):
         found[quantity.name] = quantity.sampled(
             [float(column.double().mean()) for column in columns],
-            "mean",
+            "root-mean" if quantity is CHANGE_SIZE else "mean",
             weights=weights,
             clusters=material.clusters,
             conditions=held,
         )
-    square = float(torch.cat(changes).square().mean())
-    found[CHANGE_SIZE.name] = (
-        CHANGE_SIZE.exact(square**0.5, conditions)
-        if np.isfinite(square)
-        else CHANGE_SIZE.missing("a probability is NaN")
-    )
     return {quantity.name: found[quantity.name] for quantity in _OF_TEXT}
 
 

@@ -10,28 +10,19 @@ import importlib.metadata
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, final
 
 import numpy as np
 
 from compress.bench.metrics import Metric, Quantity, Stage, Subject
+from compress.bench.metrics._columns import Column
 from compress.core.errors import CompressError
 from compress.core.measurement import Direction, Measurement, Summary
 
 _TEMPLATE: Final = Quantity("lm_eval.*", "lm-evaluation-harness", "", "higher")
 _BETTER: Final[Mapping[bool | None, Direction]] = {True: "higher", False: "lower", None: "neither"}
-
-
-@dataclass(frozen=True)
-class _Column:
-    """The samples of one metric, or why there are none."""
-
-    samples: tuple[float, ...] = ()
-    summary: Summary = "mean"
-    weights: tuple[float, ...] | None = None
-    reason: str | None = None
 
 
 @final
@@ -48,6 +39,7 @@ class HarnessScores(Metric):
 
     title = "task of lm-evaluation-harness"
     stage = Stage.SCORING
+    of_examples = True
     quantities: tuple[Quantity, ...] = (_TEMPLATE,)
 
     def __init__(self, source: str = "") -> None:
@@ -111,36 +103,28 @@ class HarnessScores(Metric):
         for quantity, (metric, kept) in zip(self.quantities, found.columns.values(), strict=True):
             ordered = sorted((row for row in rows if row["filter"] == kept), key=lambda row: row["doc_id"])
             whole = results["results"][found.name].get(f"{metric},{kept}")
-            column = _column(found.task, metric, ordered, whole)
-            measurements[quantity.name] = (
-                quantity.missing(column.reason)
-                if column.reason is not None
-                else quantity.sampled(
-                    column.samples,
-                    column.summary,
-                    weights=column.weights,
-                    answers=_answers(found.task, metric, ordered, model.said, column),
-                    conditions={"protocol": protocol},
-                    complete=limit is None,
-                )
-            )
+            column = _column(quantity, found.task, metric, ordered, whole)
+            answered = replace(column, answers=_answers(found.task, metric, ordered, model.said, column))
+            measurements[quantity.name] = answered.measurement(protocol, complete=limit is None)
         return measurements
 
 
-def _column(task: Any, metric: str, rows: Sequence[Mapping[str, Any]], whole: Any) -> _Column:
+def _column(
+    quantity: Quantity, task: Any, metric: str, rows: Sequence[Mapping[str, Any]], whole: Any
+) -> Column:
     """What a metric gave for each document, so that its summary is what the harness makes of all of them."""
     from lm_eval.api.registry import get_aggregation
 
     if not rows or any(metric not in row for row in rows):
-        return _Column(reason=f"the task gives no '{metric}' for its documents")
+        return Column(quantity, reason=f"the task gives no '{metric}' for its documents")
     values = [row[metric] for row in rows]
     aggregation = task.aggregation().get(metric)
     if aggregation in (get_aggregation("mean"), get_aggregation("nanmean")):
         if not all(isinstance(value, int | float | np.number | np.bool_) for value in values):
-            return _Column(reason=f"the task gives no number as '{metric}' of a document")
-        return _Column(tuple(float(value) for value in values))
+            return Column(quantity, reason=f"the task gives no number as '{metric}' of a document")
+        return Column(quantity, tuple(float(value) for value in values))
     if aggregation == get_aggregation("perplexity"):
-        return _Column(tuple(-float(value) for value in values), "exponential-mean")
+        return Column(quantity, tuple(-float(value) for value in values), "exponential-mean")
     weighted: dict[Any, tuple[float, Summary]] = {
         get_aggregation("weighted_perplexity"): (1.0, "exponential-mean"),
         get_aggregation("bits_per_byte"): (math.log(2), "mean"),
@@ -148,11 +132,12 @@ def _column(task: Any, metric: str, rows: Sequence[Mapping[str, Any]], whole: An
     if aggregation in weighted:
         unit, summary = weighted[aggregation]
         each = tuple(-nats / weight / unit for nats, weight in values)
-        return _Column(each, summary, tuple(float(weight) for _, weight in values))
+        return Column(quantity, each, summary, tuple(float(weight) for _, weight in values))
     value = f" ({whole:.5g})" if isinstance(whole, float) else ""
-    return _Column(
+    return Column(
+        quantity,
         reason=f"the harness makes '{metric}'{value} from all documents at once, which leaves no sample "
-        "to compare"
+        "to compare",
     )
 
 
@@ -161,7 +146,7 @@ def _answers(
     metric: str,
     rows: Sequence[Mapping[str, Any]],
     said: Mapping[tuple[str, str], str],
-    column: _Column,
+    column: Column,
 ) -> list[str] | None:
     """What was answered to each document, where an answer is right or wrong by it."""
     if not set(column.samples) <= {0.0, 1.0}:

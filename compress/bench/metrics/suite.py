@@ -6,18 +6,19 @@ What was answered is kept beside each sample, so that answers that flipped can b
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
 import numpy as np
 
 from compress.bench.metrics import Metric, Quantity, Stage, Subject
 from compress.bench.metrics._classification import calibration_error, macro
+from compress.bench.metrics._columns import Column
 from compress.bench.metrics._generation import answers
 from compress.bench.metrics._likelihood import DELIMITER, Reader, for_each_batch, joined, likelihoods
 from compress.bench.metrics._text_scores import bleu, exact_match, rouge, token_f1, word_errors
 from compress.core.errors import CompressError, DataError, EnvironmentFault, ModelError
-from compress.core.measurement import Measurement, Summary
+from compress.core.measurement import Measurement
 from compress.data.suites import (
     Classification,
     Cloze,
@@ -60,22 +61,10 @@ _LONGEST_CLASSIFIED: Final = 512
 
 
 @dataclass(frozen=True)
-class _Column:
-    """The samples of one quantity, or why there are none."""
-
-    quantity: Quantity
-    samples: Sequence[float] = ()
-    summary: Summary = "mean"
-    weights: Sequence[float] | None = None
-    answers: Sequence[str] | None = None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
 class _Scored:
     """What a suite gave, and the rules under which it did, beside those of every suite."""
 
-    columns: tuple[_Column, ...]
+    columns: tuple[Column, ...]
     protocol: Mapping[str, Any]
 
 
@@ -92,6 +81,7 @@ class SuiteScores(Metric):
 
     title = "suite of examples"
     stage = Stage.SCORING
+    of_examples = True
     quantities = tuple(dict.fromkeys(quantity for all_ in _OF_SHAPE.values() for quantity in all_))
 
     def __init__(self, source: str = "") -> None:
@@ -123,22 +113,9 @@ class SuiteScores(Metric):
             "dtype": subject.options.scoring_dtype,
             **scored.protocol,
         }
-        found = {}
-        for column in scored.columns:
-            quantity = column.quantity.of(suite.name)
-            found[quantity.name] = (
-                quantity.missing(column.reason)
-                if column.reason is not None
-                else quantity.sampled(
-                    column.samples,
-                    column.summary,
-                    weights=column.weights,
-                    answers=column.answers,
-                    conditions={"protocol": protocol},
-                    complete=subject.options.suite_limit is None,
-                )
-            )
-        return found
+        complete = subject.options.suite_limit is None
+        columns = [replace(column, quantity=column.quantity.of(suite.name)) for column in scored.columns]
+        return {column.quantity.name: column.measurement(protocol, complete=complete) for column in columns}
 
 
 class _DoesNotApply(Exception):
@@ -172,7 +149,7 @@ def _multiple_choice(subject: Subject, examples: Sequence[MultipleChoice]) -> _S
             for row, example in zip(scores, examples, strict=True)
         ]
         right = [float(one == example.gold) for one, example in zip(chosen, examples, strict=True)]
-        columns.append(_Column(quantity, right, answers=[str(one) for one in chosen]))
+        columns.append(Column(quantity, right, answers=[str(one) for one in chosen]))
     return _Scored(tuple(columns), {"delimiter": DELIMITER, "longest": reader.longest})
 
 
@@ -188,8 +165,8 @@ def _cloze(subject: Subject, examples: Sequence[Cloze]) -> _Scored:
     )
     said = [str(reader.tokenizer.decode(list(one.choice))) for one in found]
     columns = (
-        _Column(ACCURACY, [float(one.greedy) for one in found], answers=said),
-        _Column(PERPLEXITY, [-one.nats for one in found], "exponential-mean"),
+        Column(ACCURACY, [float(one.greedy) for one in found], answers=said),
+        Column(PERPLEXITY, [-one.nats for one in found], "exponential-mean"),
     )
     return _Scored(columns, {"delimiter": DELIMITER, "longest": reader.longest})
 
@@ -223,11 +200,11 @@ def _classification(subject: Subject, examples: Sequence[Classification]) -> _Sc
     right = (chosen == gold).astype(np.float64)
     whole = macro(gold, chosen)
     columns = (
-        _Column(ACCURACY, right.tolist(), answers=[str(one) for one in chosen.tolist()]),
-        _Column(PRECISION, whole["precision"]),
-        _Column(RECALL, whole["recall"]),
-        _Column(F1, whole["f1"]),
-        _Column(CALIBRATION, calibration_error(probabilities.max(-1), right)),
+        Column(ACCURACY, right.tolist(), answers=[str(one) for one in chosen.tolist()]),
+        Column(PRECISION, whole["precision"]),
+        Column(RECALL, whole["recall"]),
+        Column(F1, whole["f1"]),
+        Column(CALIBRATION, calibration_error(probabilities.max(-1), right)),
     )
     return _Scored(columns, {"longest": longest})
 
@@ -256,8 +233,8 @@ def _question_answering(subject: Subject, examples: Sequence[QuestionAnswering])
     said = answers(subject, reader, prompts, _first_line)
     pairs = [(answer, example.answers) for answer, example in zip(said, examples, strict=True)]
     columns = (
-        _Column(EXACT_MATCH, [exact_match(*pair) for pair in pairs], answers=said),
-        _Column(TOKEN_F1, [token_f1(*pair) for pair in pairs]),
+        Column(EXACT_MATCH, [exact_match(*pair) for pair in pairs], answers=said),
+        Column(TOKEN_F1, [token_f1(*pair) for pair in pairs]),
     )
     return _Scored(columns, {"prompt": prompt, "stop": "\n", **_writing(subject, reader)})
 
@@ -269,29 +246,29 @@ def _generation(subject: Subject, examples: Sequence[Generation]) -> _Scored:
     references = [example.reference for example in examples]
     columns = (
         *_where_installed((ROUGE_1, ROUGE_2, ROUGE_L), lambda: _rouge_columns(said, references)),
-        *_where_installed((BLEU,), lambda: [_Column(BLEU, bleu(said, references))]),
+        *_where_installed((BLEU,), lambda: [Column(BLEU, bleu(said, references))]),
         *_where_installed((WORD_ERRORS,), lambda: [_word_error_column(said, references)]),
     )
     return _Scored(columns, {"prompt": "{source}", "stop": "\n\n", **_writing(subject, reader)})
 
 
-def _rouge_columns(said: Sequence[str], references: Sequence[str]) -> list[_Column]:
+def _rouge_columns(said: Sequence[str], references: Sequence[str]) -> list[Column]:
     scores = rouge(said, references)
     named = ((ROUGE_1, "rouge1"), (ROUGE_2, "rouge2"), (ROUGE_L, "rougeL"))
-    return [_Column(quantity, scores[name]) for quantity, name in named]
+    return [Column(quantity, scores[name]) for quantity, name in named]
 
 
-def _word_error_column(said: Sequence[str], references: Sequence[str]) -> _Column:
+def _word_error_column(said: Sequence[str], references: Sequence[str]) -> Column:
     rates, words = word_errors(said, references)
-    return _Column(WORD_ERRORS, rates, weights=words)
+    return Column(WORD_ERRORS, rates, weights=words)
 
 
-def _where_installed(quantities: Sequence[Quantity], scored: Callable[[], list[_Column]]) -> list[_Column]:
+def _where_installed(quantities: Sequence[Quantity], scored: Callable[[], list[Column]]) -> list[Column]:
     """Columns of an optional package, or the reason why there are none."""
     try:
         return scored()
     except EnvironmentFault as error:
-        return [_Column(quantity, reason=error.message) for quantity in quantities]
+        return [Column(quantity, reason=error.message) for quantity in quantities]
 
 
 def _writing(subject: Subject, reader: Reader) -> dict[str, Any]:

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from compress.bench.metrics import HARNESS, _harness_tasks, described, find, metrics_of
+from compress.bench.metrics._columns import Column
 from compress.bench.metrics._generation import _ends
 from compress.bench.metrics._harness_tasks import HarnessTask, Writing, find_task
 from compress.bench.metrics._likelihood import Reader
-from compress.bench.metrics.lm_eval import _answers, _Column, _column
+from compress.bench.metrics.lm_eval import _TEMPLATE, _answers, _column
 from compress.core.bench import Bench
 from compress.core.errors import CompressError, DataError, EnvironmentFault, ModelError, UsageError
 from compress.models.tasks import TASKS
@@ -230,30 +231,30 @@ def test_documents_are_questions_with_answers() -> None:
 def test_samples_add_up_to_the_harness_s_figure(shipped: Path) -> None:
     task = FakeTask([])
 
-    def column(metric: str, values: list[Any], whole: Any = None) -> _Column:
-        return _column(task, metric, [{metric: value} for value in values], whole)
+    def column(metric: str, values: list[Any], whole: Any = None) -> Column:
+        return _column(_TEMPLATE, task, metric, [{metric: value} for value in values], whole)
 
     assert column("acc", [1, 0.0, np.float64(1)]).samples == (1.0, 0.0, 1.0)
-    assert column("perplexity", [-2.0]) == _Column((2.0,), "exponential-mean")
-    assert column("word", [(-6.0, 3)]) == _Column((2.0,), "exponential-mean", (3.0,))
+    assert column("perplexity", [-2.0]) == Column(_TEMPLATE, (2.0,), "exponential-mean")
+    assert column("word", [(-6.0, 3)]) == Column(_TEMPLATE, (2.0,), "exponential-mean", (3.0,))
     bits = column("bits", [(-6.0, 3)])
     assert (bits.samples[0], bits.summary, bits.weights) == (2 / math.log(2), "mean", (3.0,))
     assert "'f1' (0.25) from all documents at once" in str(column("f1", [(1, 0)], 0.25).reason)
     assert "no number as 'acc'" in str(column("acc", [(1, 2)]).reason)
-    assert "gives no 'f2'" in str(_column(task, "f2", [{"acc": 1}], None).reason)
-    assert "gives no 'acc'" in str(_column(task, "acc", [], None).reason)
+    assert "gives no 'f2'" in str(_column(_TEMPLATE, task, "f2", [{"acc": 1}], None).reason)
+    assert "gives no 'acc'" in str(_column(_TEMPLATE, task, "acc", [], None).reason)
 
 
 def test_answers_are_kept_where_they_are_right_or_wrong() -> None:
     task = FakeTask([])
-    right = _Column((1.0,))
+    right = Column(_TEMPLATE, (1.0,))
     document = {"choices": ["one", "eleven"]}
     row = {"doc": document, "filtered_resps": [(-3.0, False), (-4.0, True)], "arguments": [("a", " b")]}
     assert _answers(task, "acc", [row], {}, right) == ["one"]
     assert _answers(task, "acc_norm", [row], {}, right) == ["eleven"]
     assert _answers(task, "acc_bytes", [row], {}, right) == ["eleven"]
     assert _answers(task, "exact_match", [row], {}, right) is None
-    assert _answers(task, "acc", [row], {}, _Column((0.5,))) is None
+    assert _answers(task, "acc", [row], {}, Column(_TEMPLATE, (0.5,))) is None
     task.OUTPUT_TYPE = "loglikelihood"
     assert _answers(task, "acc", [row], {("a", " b"): " c"}, right) == [" c"]
     task.OUTPUT_TYPE = "generate_until"

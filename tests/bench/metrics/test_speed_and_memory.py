@@ -83,11 +83,27 @@ def test_prefill_and_decode_are_apart_and_warmed_up(tmp_path: Path) -> None:
 
 
 def test_a_sample_lasts_as_long_as_it_should(tmp_path: Path) -> None:
-    clock = Fixed(*[Timing(0.2)] * 7, *[Timing(0.7)] * 2)
+    short, long = Timing(0.2), Timing(0.7)
+    before = Timing(0.3)  # of an iteration that wakes the caches up and does not count
+    clock = Fixed(short, *[before, short, short, short] * 2, *[before, long] * 2)
     options = Bench(repeats=4, sample_seconds=0.5, new_tokens=5)
     given = replace(subject(Counting(), tmp_path), clock=clock, options=options)
     decode = find("decode").measure(given)["decode.tokens_per_second"]
     assert decode.samples == pytest.approx((10 / 0.2, 10 / 0.2, 10 / 0.7, 10 / 0.7))
+
+
+def test_each_sample_is_a_turn_and_long_iterations_need_no_waking(tmp_path: Path) -> None:
+    turns: list[int] = []
+    session = Counting()
+    options = Bench(repeats=3, sample_seconds=0.1, new_tokens=5)
+    given = replace(
+        subject(session, tmp_path),
+        clock=Fixed(*[Timing(0.2)] * 4),
+        options=options,
+        take_turn=lambda: turns.append(session.prefills),
+    )
+    find("prefill").measure(given)
+    assert turns == [0, 1, 2, 3]
 
 
 def test_a_shortened_output_is_no_speed(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from compress.core.measurement import Measurement
 from compress.data.corpora import documents
 from compress.models.tasks import TASKS
 from tests import quantized_models, scored_suites
+from tests.bench.fabricated import one_by_one
 from tests.bench.peer.test_lm_eval import CERTAIN
 from tests.bench.test_experiment import SMALL, in_process
 
@@ -204,7 +205,7 @@ def test_an_experiment_says_which_answers_flipped(
         str(text),
         gates=[{"metric": "lm_eval.piqa.acc", "test": "non-inferiority", "margin": 0.9}],
         options={**SMALL, "suites": [f"lm-eval:{tasks['piqa']}"], "suite_limit": 30},
-        runner=in_process,
+        runner=one_by_one(in_process),
     )
     assert [judgement.verdict for judgement in results.judgements] == ["PASS"]
     flips = {each.metric: each for each in results.flips}
