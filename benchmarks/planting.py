@@ -10,6 +10,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from compress import runtimes
@@ -79,6 +80,11 @@ class DelayingRuntime(Runtime):
     def __init__(self, runtime: Runtime, share: float) -> None:
         self._runtime = runtime
         self._share = share
+
+    def prepared(
+        self, artifact: "Artifact", task: "Task", folder: Path, *, trust_remote_code: bool = False
+    ) -> Path:
+        return self._runtime.prepared(artifact, task, folder, trust_remote_code=trust_remote_code)
 
     def load(self, artifact: "Artifact", task: "Task", placement: Placement) -> Session:
         return DelayingSession(self._runtime.load(artifact, task, placement), self._share)

@@ -112,7 +112,8 @@ class Bench(BaseModel):
         "launch, which is else not trusted; none only notes it",
     )
     time_limit: PositiveFloat = Field(
-        default=1_800.0, description="seconds that one measured process may take"
+        default=1_800.0,
+        description="seconds that a measured process may take, or of those that take turns each turn",
     )
     trust_remote_code: bool = Field(
         default=False,

@@ -21,7 +21,9 @@ TINY = trainer.Settings(
     length=64,
     last_length=128,
     last_share=0.25,
+    twice_steps=2,
     warmup=2,
+    decay_share=0.5,
     hidden=32,
     wide=64,
     layers=1,
@@ -29,19 +31,6 @@ TINY = trainer.Settings(
     key_value_heads=1,
     tokenizer_documents=2_048,
 )
-
-
-@pytest.mark.parametrize("shape", [(2, 16, 48), (1, 48, 16), (3, 24, 96)])
-def test_updates_are_nearly_orthogonal(shape: tuple[int, ...]) -> None:
-    """The polynomial brings singular values to about 1 (0.7 to 1.2), and keeps the directions."""
-    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = trainer.orthogonal(matrices)
-    values = torch.linalg.svdvals(found)
-    assert values.min() > 0.5
-    assert values.max() < 1.3
-    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
-    exact = left @ right
-    assert torch.nn.functional.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.98
 
 
 def test_rates_rise_stay_and_fall_to_nothing() -> None:
@@ -58,6 +47,18 @@ def test_every_other_row_starts_with_a_document() -> None:
     assert rows[1] == [102, 103, 104, 200, 201, 202, 203]
     assert rows[2] == [300, 301, 302, 303, 304, 400, 401]
     assert rows[3] == [402, 403, 404, 500, 501, 502, 503]
+
+
+def test_the_first_rows_say_everything_twice(tmp_path: Path) -> None:
+    tokenizer = trainer.Work(tmp_path, TINY).tokenizer()
+    found = list(trainer.batches(TINY, tokenizer, 0))
+    half = (TINY.length + 1) // 2
+    assert [torch.equal(rows[:, :half], rows[:, half : 2 * half]) for rows in found[:3]] == [
+        True,
+        True,
+        False,
+    ]
+    assert {rows.shape for rows in found[:6]} == {(4, TINY.length + 1)}
 
 
 def test_answers_are_what_follows_a_cue_up_to_its_end(tmp_path: Path) -> None:
