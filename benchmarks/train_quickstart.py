@@ -8,8 +8,9 @@ again, with the numbers of a run that was never stopped: the rows of every step 
 and a checkpoint holds weights, moments and step. At its end the model's folder lies in WORK/model;
 ``report_quickstart.py`` judges it and puts it into the package.
 
-The first rows say everything twice. A model learns from them within a hundred steps to look back for what
-came before and to go on as it did there; without them it had learned to copy nothing after a thousand steps.
+The first rows say their beginning again and again. A model learns from them within a few hundred steps to
+look back for what came before and to go on as it did there; without them it had learned to copy nothing
+after a thousand steps.
 Most of the text is drawn at random and cannot be foreseen, so what follows from the text (answers, endings)
 counts for more in the loss than the rest: the best model stays the same, and it is found with far fewer
 tokens. The optimiser is AdamW (Loshchilov and Hutter, 2019). Arithmetic is float32: bfloat16 is slower on
@@ -42,6 +43,8 @@ from compress.data.builtin.splits import Split
 END = "<|endoftext|>"
 CUES = ("Answer:", " with the")
 """What an answer, or the last word of a story, comes after."""
+SHORTEST_PERIOD = 8
+"""Tokens that a row of the first steps says before it begins again, at least; at most half of its tokens."""
 STOPPED = 75
 """Exit code of a run that was stopped and can go on."""
 
@@ -55,7 +58,7 @@ class Settings:
     length: int = 128
     last_length: int = 512  # the model's positions, so that the far ones are trained as well
     last_share: float = 0.15
-    twice_steps: int = 200  # whose rows say everything twice
+    periodic_steps: int = 300  # whose rows say their beginning again and again
     warmup: int = 30
     decay_share: float = 0.6
     rate: float = 0.003
@@ -180,18 +183,23 @@ def batches(settings: Settings, tokenizer: Tokenizer, start: int) -> Iterator[Te
     for step, count in enumerate(counts):
         batch = list(itertools.islice(rows, count))
         if step >= start:
-            found = torch.from_numpy(np.stack(batch))
-            yield said_twice(found) if step < settings.twice_steps else found
+            yield torch.from_numpy(np.stack(batch))
 
 
-def said_twice(rows: Tensor) -> Tensor:
-    """Rows whose second half is their first half again.
+def periodic(rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows that say their beginning again and again, each with a period of its own, and what is said again.
+
+    One period for all would be learned by its distance, and not by what is said.
 
     Args:
-        rows: int64 [rows, length]; of an odd length the last token stands alone.
+        rows: int64 [rows, length].
+        seed: of the periods.
     """
-    half = rows.shape[1] // 2
-    return torch.cat([rows[:, :half], rows[:, :half], rows[:, 2 * half :]], dim=1)
+    count, length = rows.shape
+    generator = torch.Generator().manual_seed(seed)
+    periods = torch.randint(SHORTEST_PERIOD, length // 2, (count, 1), generator=generator)
+    at = torch.arange(length).expand(count, -1)
+    return rows.gather(1, at % periods), at >= periods
 
 
 def nats_of(model: LlamaForCausalLM, batch: Tensor) -> Tensor:
@@ -344,9 +352,10 @@ def train(work: Work, *, save_seconds: float, log_steps: int = 10, validation_st
     begun = saved = time.monotonic()
     first, losses, answered = done, [], []
     for step, batch in enumerate(batches(settings, tokenizer, done), start=done):
-        nats, wanted = nats_of(model, batch), answers.of(batch)[:, 1:]
-        if step < settings.twice_steps:
-            wanted[:, batch.shape[1] // 2 :] = True
+        foreseen = answers.of(batch)
+        if step < settings.periodic_steps:
+            batch, foreseen = periodic(batch, step)
+        nats, wanted = nats_of(model, batch), foreseen[:, 1:]
         weights = torch.where(wanted, 1.0, settings.weight_of_rest)
         ((nats * weights).sum() / weights.sum()).backward()
         optimizer.step(step)

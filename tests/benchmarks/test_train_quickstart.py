@@ -21,7 +21,7 @@ TINY = trainer.Settings(
     length=64,
     last_length=128,
     last_share=0.25,
-    twice_steps=2,
+    periodic_steps=2,
     warmup=2,
     decay_share=0.5,
     hidden=32,
@@ -49,16 +49,17 @@ def test_every_other_row_starts_with_a_document() -> None:
     assert rows[3] == [402, 403, 404, 500, 501, 502, 503]
 
 
-def test_the_first_rows_say_everything_twice(tmp_path: Path) -> None:
-    tokenizer = trainer.Work(tmp_path, TINY).tokenizer()
-    found = list(trainer.batches(TINY, tokenizer, 0))
-    half = (TINY.length + 1) // 2
-    assert [torch.equal(rows[:, :half], rows[:, half : 2 * half]) for rows in found[:3]] == [
-        True,
-        True,
-        False,
-    ]
-    assert {rows.shape for rows in found[:6]} == {(4, TINY.length + 1)}
+def test_the_first_rows_say_their_beginning_again() -> None:
+    rows = torch.arange(4 * 65).view(4, 65)
+    found, again = trainer.periodic(rows, seed=0)
+    periods = (~again).sum(1).tolist()
+    assert len(set(periods)) > 1
+    for row, said, period in zip(rows, found, periods, strict=True):
+        assert trainer.SHORTEST_PERIOD <= period < 65 // 2
+        assert torch.equal(said[:period], row[:period])
+        assert torch.equal(said[period:], said[:-period])
+    assert torch.equal(found, trainer.periodic(rows, seed=0)[0])
+    assert not torch.equal(found, trainer.periodic(rows, seed=1)[0])
 
 
 def test_answers_are_what_follows_a_cue_up_to_its_end(tmp_path: Path) -> None:
