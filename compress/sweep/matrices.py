@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from compress.models.checkpoint import Checkpoint
 
@@ -26,6 +27,7 @@ class Matrix:
         columns: input features.
         on_disk: names on disk of its float weight, several where it is split there; empty where the
             weight is tied to another.
+        transposed: whether the parameter lies with its input features in front, as GPT-2's do.
     """
 
     module: str
@@ -35,6 +37,7 @@ class Matrix:
     rows: int
     columns: int
     on_disk: tuple[str, ...]
+    transposed: bool = False
 
     @property
     def name(self) -> str:
@@ -43,6 +46,8 @@ class Matrix:
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """The matrix as a view into its parameter."""
+        if self.transposed:
+            return parameter.mT
         return parameter if self.expert is None else parameter[self.expert]
 
 
@@ -71,8 +76,12 @@ class Found:
     unheld: tuple[Unheld, ...]
 
 
-def find_matrices(model: Any, part: str, checkpoint: Checkpoint) -> Found:
-    """The matrices inside one module (``part``), by what the modules are and how the weights lie on disk."""
+def find_matrices(model: Any, part: str, checkpoint: Checkpoint, *, dense: bool = False) -> Found:
+    """The matrices inside one module (``part``), by what the modules are and how the weights lie on disk.
+
+    Args:
+        dense: whether they stay plain floats, so that one that lies transposed counts as well.
+    """
     root = model.get_submodule(part)
     total = sum(parameter.numel() for parameter in root.parameters()) or 1
     on_disk: dict[str, list[str]] = {}
@@ -88,6 +97,10 @@ def find_matrices(model: Any, part: str, checkpoint: Checkpoint) -> Found:
             name = f"{module_name}.{leaf}"
             kind = type(module).__name__
             files = tuple(sorted(on_disk.get(name, ())))
+            if dense and isinstance(module, Conv1D) and _as_it_is(parameter, files, checkpoint):
+                columns, rows = parameter.shape
+                matrices.append(Matrix(module_name, name, None, kind, rows, columns, files, transposed=True))
+                continue
             reason = _reason(module, parameter, files, checkpoint)
             if reason:
                 unheld.append(Unheld(name, kind, reason, parameter.numel() / total))
@@ -114,7 +127,7 @@ def _reason(
     if isinstance(module, nn.Linear) and parameter.dim() == 2:
         if parameter.shape[0] == 1:
             return "has a single output row"
-        if len(files) == 1 and checkpoint.shape(files[0]) == tuple(parameter.shape):
+        if _as_it_is(parameter, files, checkpoint):
             return ""
         return "is converted while transformers loads it, so a packed copy would not be found"
     if parameter.dim() == 3:
@@ -123,6 +136,11 @@ def _reason(
             return ""
         return "holds all experts in one tensor on disk, not one linear layer each"
     return f"is held by a {type(module).__name__}, not by a linear layer"
+
+
+def _as_it_is(parameter: torch.Tensor, files: tuple[str, ...], checkpoint: Checkpoint) -> bool:
+    """Whether a parameter is one tensor on disk, of the same shape."""
+    return len(files) == 1 and checkpoint.shape(files[0]) == tuple(parameter.shape)
 
 
 def _experts(

@@ -1,6 +1,7 @@
 """What a sweep will take, predicted from headers and one short timing of this machine."""
 
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -8,8 +9,10 @@ import torch
 from compress.core.passes import Needs
 from compress.core.run import Run
 from compress.formats.weight_format import WeightFormat
+from compress.models.blocks import Block
 from compress.models.checkpoint import Checkpoint
 from compress.models.load import loaded_dtype
+from compress.sweep.matrices import Matrix
 from compress.sweep.rounder import Rounder
 from compress.sweep.selection import Selection
 
@@ -31,9 +34,7 @@ def predict(
     packed = sum(weight_format.encoded_bytes(held, scale_bytes) for held in selection.held())
     copied = sum(_bytes(checkpoint, name) for name in checkpoint.names if name not in rounded)
     compute = 4 if run.device == "cpu" else scale_bytes
-    largest = max(
-        sum(parameter.numel() for parameter in block.module.parameters()) for block in selection.blocks
-    )
+    largest = _largest(selection.blocks)
     embeddings = sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
@@ -61,6 +62,63 @@ def predict(
     # Reading, writing and reading again to verify, at a disk that gives 500 MB a second.
     seconds += 3 * disk / 500e6
     return Needs(disk, host, 0 if run.device == "cpu" else working + recordings, seconds)
+
+
+def predict_masking(
+    matrices: Iterable[Matrix], blocks: Iterable[Block], model: Any, checkpoint: Checkpoint, run: Run
+) -> Needs:
+    """What a sweep takes that keeps every shape: the source's bytes again, and two passes over the text."""
+    entries = list(matrices)
+    disk = sum(_bytes(checkpoint, name) for name in checkpoint.names)
+    sorting = 4 * 4 * max((matrix.rows * matrix.columns for matrix in entries), default=0)
+    return _dense(disk, sorting, 2.0, blocks, model, checkpoint, run)
+
+
+def predict_narrowing(
+    shapes: Mapping[str, tuple[int, ...]],
+    blocks: Iterable[Block],
+    model: Any,
+    checkpoint: Checkpoint,
+    run: Run,
+) -> Needs:
+    """What narrowing takes: a smaller model, one pass over the text, and two blocks at a time."""
+    disk = 0
+    for name in checkpoint.names:
+        shape = shapes.get(checkpoint.target[name], checkpoint.shape(name))
+        disk += checkpoint.dtype(name).itemsize * torch.Size(shape).numel()
+    blocks = list(blocks)
+    compute = 4 if run.device == "cpu" else loaded_dtype(checkpoint.source).itemsize
+    return _dense(disk, compute * _largest(blocks), 1.0, blocks, model, checkpoint, run)
+
+
+def _dense(
+    disk: int,
+    extra: int,
+    passes: float,
+    blocks: Iterable[Block],
+    model: Any,
+    checkpoint: Checkpoint,
+    run: Run,
+) -> Needs:
+    """Needs of a sweep that writes floats: its recordings, one block, and what it holds beside them."""
+    blocks = list(blocks)
+    compute = 4 if run.device == "cpu" else loaded_dtype(checkpoint.source).itemsize
+    prefixes = tuple(f"{block.name}." for block in blocks)
+    outside = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(prefixes))
+    body = sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefixes))
+    working = compute * (_largest(blocks) + outside) + extra
+    recordings, seconds = 0, 3 * disk / 500e6
+    if run.calibration is not None:
+        tokens = run.calibration.samples * run.calibration.sequence_length
+        recordings = tokens * int(model.get_input_embeddings().weight.shape[1]) * compute
+        seconds += passes * 2 * tokens * body / _rate(torch.device(run.device))
+    on_host = run.device == "cpu"
+    host = IMPORT_BYTES + recordings + (working if on_host else compute * _largest(blocks))
+    return Needs(disk + 2 * recordings, host, 0 if on_host else working + recordings, seconds)
+
+
+def _largest(blocks: Iterable[Block]) -> int:
+    return max(sum(parameter.numel() for parameter in block.module.parameters()) for block in blocks)
 
 
 def _bytes(checkpoint: Checkpoint, name: str) -> int:

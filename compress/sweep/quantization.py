@@ -24,6 +24,7 @@ from compress.sweep.selection import Selection, select
 from compress.sweep.sweep import Sweep
 from compress.sweep.treatment import Replacement, Treated, Treatment
 from compress.sweep.verification import prepared
+from compress.sweep.walk import placed_skeleton
 
 
 def check(rounder: Rounder, source: Artifact, run: Run) -> Needs:
@@ -50,11 +51,7 @@ def quantize(rounder: Rounder, source: Artifact, target: Path, run: Run) -> Outc
     """
     device = torch.device(run.device)
     storage = loaded_dtype(source)
-    compute = storage if device.type == "cuda" else torch.float32
-    model = skeleton(source, task=run.task, dtype=compute, trust_remote_code=run.trust_remote_code)
-    for name, buffer in list(model.named_buffers()):
-        module, _, leaf = name.rpartition(".")
-        model.get_submodule(module)._buffers[leaf] = buffer.to(device)
+    model = placed_skeleton(source, run)
     checkpoint = Checkpoint(source, model)
     selection = select(rounder, model, checkpoint, CompressedTensors())
     config = _configuration(selection, source, run)
@@ -81,6 +78,9 @@ class _Integers(Replacement):
         parts = {"q": self.quantized.q, "scale": self.quantized.scale}
         return parts if self.quantized.zero is None else {**parts, "zero": self.quantized.zero}
 
+    def notes(self) -> Mapping[str, float | int | str]:
+        return {}
+
 
 @final
 @dataclass(frozen=True)
@@ -95,6 +95,10 @@ class _Rounding(Treatment):
     @property
     def calibrated(self) -> bool:
         return self.rounder.calibrated
+
+    @property
+    def staged(self) -> bool:
+        return True
 
     def statistic(self, columns: int, device: torch.device) -> Statistic | None:
         return self.rounder.statistic(columns, device)

@@ -1,6 +1,6 @@
 """Which matrices a rounder will round and how, settled from names and headers before any weight is read."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,17 +75,23 @@ def select(rounder: Rounder, model: Any, checkpoint: Checkpoint, weight_format: 
     inside: dict[int, dict[Matrix, Scheme]] = {}
     for block in blocks:
         found = find_matrices(model, block.name, checkpoint)
-        kept.update(_unheld(found, rounder, weight_format))
+        kept.update(unheld(found, rounder.ignore, weight_format.name))
         inside[block.position] = {}
         for matrix in found.matrices:
-            if _ignored(rounder, matrix):
+            if ignored(rounder.ignore, matrix):
                 kept[matrix.name] = "ignored"
             else:
                 inside[block.position][matrix] = _scheme(rounder, matrix)
-    beyond = _beyond(rounder, model, blocks, checkpoint)
+    asked = beyond_blocks(rounder.ignore, rounder.include, model, blocks, checkpoint)
+    beyond = {matrix: _scheme(rounder, matrix) for matrix in asked}
     linear = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     selection = Selection(blocks, inside, beyond, kept, linear)
-    _check_patterns(rounder, model, selection)
+    flags = {
+        "--ignore": rounder.ignore,
+        "--include": rounder.include,
+        "--override": [override.match for override in rounder.overrides],
+    }
+    check_patterns(flags, model, {matrix.name for matrix in selection.schemes} | set(kept))
     if not selection.schemes:
         raise PlanError("no layer is left to round", "loosen --ignore")
     together = weight_format.refusal_together(selection.held())
@@ -98,8 +104,10 @@ def select(rounder: Rounder, model: Any, checkpoint: Checkpoint, weight_format: 
     return selection
 
 
-def _ignored(rounder: Rounder, matrix: Matrix) -> bool:
-    return matches_any(rounder.ignore, matrix.name) or matches_any(rounder.ignore, matrix.module)
+def ignored(ignore: Iterable[str], matrix: Matrix) -> bool:
+    """Whether a matrix is to be left as it is: patterns may mean its module or one expert of it."""
+    patterns = tuple(ignore)
+    return matches_any(patterns, matrix.name) or matches_any(patterns, matrix.module)
 
 
 def _scheme(rounder: Rounder, matrix: Matrix) -> Scheme:
@@ -114,35 +122,48 @@ def _scheme(rounder: Rounder, matrix: Matrix) -> Scheme:
     )
 
 
-def _unheld(found: Found, rounder: Rounder, weight_format: WeightFormat) -> dict[str, str]:
+def unheld(found: Found, ignore: Iterable[str], holder: str) -> dict[str, str]:
+    """Weights that are no matrices and stay as they are, with the reason.
+
+    Args:
+        holder: what cannot hold them, for the message.
+
+    Raises:
+        PlanError: a large weight that was not ignored by name.
+    """
+    patterns = tuple(ignore)
     kept: dict[str, str] = {}
     for weight in found.unheld:
         module = weight.parameter.rpartition(".")[0]
-        if matches_any(rounder.ignore, weight.parameter) or matches_any(rounder.ignore, module):
+        if matches_any(patterns, weight.parameter) or matches_any(patterns, module):
             kept[weight.parameter] = "ignored"
         elif weight.share > SMALL_SHARE:
             raise PlanError(
-                f"{weight.parameter} ({weight.kind}) {weight.reason}: {weight_format.name} cannot hold it",
-                f"leave it in floats with --ignore '*.{module.rpartition('.')[2]}', or use another format",
+                f"{weight.parameter} ({weight.kind}) {weight.reason}: {holder} cannot hold it",
+                f"leave it as it is with --ignore '*.{module.rpartition('.')[2]}', or use another format",
             )
         else:
             kept[weight.parameter] = weight.reason
     return kept
 
 
-def _beyond(
-    rounder: Rounder, model: Any, blocks: Iterable[Block], checkpoint: Checkpoint
-) -> dict[Matrix, Scheme]:
-    """The linear layers and embeddings outside the blocks that were asked for."""
+def beyond_blocks(
+    ignore: Sequence[str], include: Sequence[str], model: Any, blocks: Iterable[Block], checkpoint: Checkpoint
+) -> list[Matrix]:
+    """The linear layers and embeddings outside the blocks that were asked for.
+
+    Raises:
+        PlanError: one that shares its weight with another, which was not asked for.
+    """
     prefixes = tuple(f"{block.name}." for block in blocks)
-    beyond: dict[Matrix, Scheme] = {}
+    beyond: list[Matrix] = []
     for name, module in model.named_modules():
         holds = isinstance(module, nn.Linear | nn.Embedding)
-        if not holds or name.startswith(prefixes) or not matches_any(rounder.include, name):
+        if not holds or name.startswith(prefixes) or not matches_any(include, name):
             continue
         matrix = outside(module, name, checkpoint)
-        if not _ignored(rounder, matrix):
-            beyond[matrix] = _scheme(rounder, matrix)
+        if not ignored(ignore, matrix):
+            beyond.append(matrix)
     names = {matrix.module for matrix in beyond}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and getattr(head, "weight", None) is embedding.weight:
@@ -155,7 +176,7 @@ def _beyond(
             missing = ", ".join(sorted(tied - names))
             raise PlanError(
                 f"{', '.join(sorted(names & tied))} shares its weight with {missing}",
-                f"round both: --include '{missing}'",
+                f"include both: --include '{missing}'",
             )
     return beyond
 
@@ -164,16 +185,20 @@ def _of(model: Any, names: Iterable[str]) -> list[nn.Module]:
     return [model.get_submodule(name) for name in names]
 
 
-def _check_patterns(rounder: Rounder, model: Any, selection: Selection) -> None:
+def check_patterns(flags: Mapping[str, Iterable[str]], model: Any, known: Collection[str]) -> None:
+    """Refuse patterns that match nothing.
+
+    Args:
+        flags: patterns by the flag that gave them.
+        known: names beside those of the modules that a pattern may mean.
+
+    Raises:
+        UsageError: naming the first such pattern.
+    """
     modules = {name for name, _ in model.named_modules() if name}
-    known = modules | {matrix.name for matrix in selection.schemes} | set(selection.kept)
-    flags = (
-        [("--ignore", pattern) for pattern in rounder.ignore]
-        + [("--include", pattern) for pattern in rounder.include]
-        + [("--override", override.match) for override in rounder.overrides]
-    )
-    for flag, pattern in flags:
-        if not any(matches(pattern, name) for name in known):
-            raise UsageError(
-                f"{flag} '{pattern}' matches no module of the model", did_you_mean(pattern, modules)
-            )
+    for flag, patterns in flags.items():
+        for pattern in patterns:
+            if not any(matches(pattern, name) for name in modules | set(known)):
+                raise UsageError(
+                    f"{flag} '{pattern}' matches no module of the model", did_you_mean(pattern, modules)
+                )

@@ -6,38 +6,31 @@ next block sees the treated one, write its shard, free it. Every finished block 
 from.
 """
 
-import csv
-import json
 import math
-import shutil
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compress.core.artifact import LAYERS_FILE, Artifact
+from compress.core.artifact import Artifact
 from compress.core.errors import CalibrationError
 from compress.core.passes import Outcome
 from compress.core.run import Run
-from compress.data.calibration import draw
-from compress.formats.shards import shard_name, write_index
-from compress.models.blocks import Block, Reentry, find_blocks
+from compress.formats.shards import shard_name
+from compress.models.blocks import Block
 from compress.models.checkpoint import Checkpoint
-from compress.models.load import tokenizer
 from compress.numerics.feedback import HOST_ROWS
 from compress.numerics.grouping import row_chunks
 from compress.sweep.activations import Activations
 from compress.sweep.collector import Collector, Enough, Shared
 from compress.sweep.matrices import Matrix
-from compress.sweep.memory import return_freed, return_large_at_once
+from compress.sweep.memory import return_freed
 from compress.sweep.treatment import Replacement, Treatment
 from compress.sweep.unit import UnitRecord, encode, write_unit
-
-OUTSIDE = "outside"
+from compress.sweep.walk import OUTSIDE, Walk, decided
 
 Labels = Mapping[Matrix, Hashable]
 
@@ -74,10 +67,10 @@ class Sweep:
     checkpoint: Checkpoint
     labels: Labels
     device: torch.device
-    blocks: list[Block] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.blocks = find_blocks(self.model)
+        self._walk = Walk(self.source, self.target, self.run, self.model, self.checkpoint, self.device)
+        self.blocks = self._walk.blocks
 
     def apply(self) -> Outcome:
         """Treat every matrix, write every shard, and say what was meant.
@@ -87,17 +80,22 @@ class Sweep:
         """
         blocks = self.blocks
         records: list[UnitRecord] = []
-        return_large_at_once()
-        self.run.scratch.mkdir(parents=True, exist_ok=True)
-        activations = self._calibration()
+        self._walk.begin()
+        activations = self._walk.calibration() if self.treatment.calibrated else None
         title = f"{len(self.labels)} matrices in {len(blocks)} blocks"
-        with self._runner(), self.run.reporter.progress(title, len(blocks) + 1, "block") as advance:
-            self._load_outside()
+        with (
+            self._walk.reentry() as self._reentry,
+            self.run.reporter.progress(title, len(blocks) + 1, "block") as advance,
+        ):
+            if self.treatment.calibrated or self._labels_outside():
+                self._walk.load_outside()
             for block in blocks:
-                records.append(self._finished(block.name, block.position) or self._block(block, activations))
+                records.append(
+                    self._walk.finished(block.name, block.position) or self._block(block, activations)
+                )
                 return_freed()
                 advance(1)
-            records.append(self._finished(OUTSIDE, len(blocks)) or self._outside(activations))
+            records.append(self._walk.finished(OUTSIDE, len(blocks)) or self._outside(activations))
             advance(1)
         return self._complete(records)
 
@@ -106,7 +104,7 @@ class Sweep:
     def _block(self, block: Block, activations: Activations | None) -> UnitRecord:
         event = self.run.reporter.event
         event("block.start", block=block.name, position=block.position)
-        self._restore(block.position, activations)
+        self._walk.restore(block.position, activations)
         self.checkpoint.load_module(block.name, self.device)
         matrices = self._labels_in(block)
         progress = _Progress()
@@ -117,7 +115,7 @@ class Sweep:
             first = lambda: self._reentry.run(  # noqa: E731 - one expression, used once
                 block.position, activations.batches[0], activations.recordings[0]
             )
-            for stage in collector.discover(first) if matrices else []:
+            for stage in self._stages(collector.discover(first)) if matrices else []:
                 event("block.calibrate", block=block.name, position=block.position)
                 with collector.gather(stage, self._statistic) as begin:
                     self._pass(block.position, activations, begin)
@@ -136,8 +134,8 @@ class Sweep:
         matrices = self._labels_outside()
         progress = _Progress()
         if matrices:
-            self._restore(position, activations)
-            self._load_head()
+            self._walk.restore(position, activations)
+            self._walk.load_head()
             self._free_tied(matrices)
             seen = [matrix for matrix in matrices if matrix.kind != "Embedding"]
             if activations is not None and seen:
@@ -151,8 +149,13 @@ class Sweep:
             # A row of an embedding is looked up, not multiplied: there is no input to calibrate on.
             lookups = [Shared([matrix]) for matrix in matrices if matrix.kind == "Embedding"]
             self._treat(lookups, matrices, progress)
-        names = [name for name in self.checkpoint.names if self._is_outside(name)]
-        return self._finish(position, names, progress, None)
+        return self._finish(position, self._walk.outside_names(), progress, None)
+
+    def _stages(self, found: list[list[Shared]]) -> list[list[Shared]]:
+        """Stages as they are gathered: one after the other, or all from the block as it was."""
+        if self.treatment.staged or not found:
+            return found
+        return [[shared for stage in found for shared in stage]]
 
     def _pass(self, position: int, activations: Activations, begin: Any) -> None:
         for batch, recording in zip(activations.batches, activations.recordings, strict=True):
@@ -221,7 +224,8 @@ class Sweep:
                 if matrix.kind != "Embedding":
                     row["tokens"] = tokens
                 row |= {"scheme": str(label), "error": f"{error:.6g}"}
-                progress.layers.append(row | _recorded(treated.notes) | {"seconds": f"{seconds:.4f}"})
+                notes = {**treated.notes, **part.notes()}
+                progress.layers.append(row | _recorded(notes) | {"seconds": f"{seconds:.4f}"})
 
     # -- the edges ---------------------------------------------------------------------------------
 
@@ -233,48 +237,6 @@ class Sweep:
         inside = tuple(f"{block.name}." for block in self.blocks)
         return {m: label for m, label in self.labels.items() if not m.parameter.startswith(inside)}
 
-    @contextmanager
-    def _runner(self) -> Iterator[None]:
-        with Reentry(self.model, self.blocks, self.device) as self._reentry:
-            yield
-
-    def _calibration(self) -> Activations | None:
-        if not self.treatment.calibrated or self.run.calibration is None:
-            return None
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        # A file of tokens needs none, and a model without a tokenizer can still be calibrated with one.
-        words = None
-        if not self.run.calibration.text.endswith(".safetensors"):
-            words = tokenizer(self.source, trust_remote_code=self.run.trust_remote_code)
-        drawn = draw(self.run.calibration, words, self.run.seed, vocabulary)
-        return Activations(drawn.tokens, self.run.calibration.batch_size)
-
-    def _is_outside(self, name: str) -> bool:
-        target = self.checkpoint.target[name]
-        return not any(target.startswith(f"{block.name}.") for block in self.blocks)
-
-    def _head(self) -> str | None:
-        """The module that turns hidden states into logits; a sweep stops before it, so it stays on disk."""
-        head = self.model.get_output_embeddings()
-        if head is None or head.weight is self.model.get_input_embeddings().weight:
-            return None
-        names: list[str] = [name for name, module in self.model.named_modules() if module is head]
-        return names[0]
-
-    def _load_outside(self) -> None:
-        if not (self.treatment.calibrated or self._labels_outside()):
-            return
-        head = self._head()
-        waiting = [] if head is None else self.checkpoint.names_of(head)
-        names = [name for name in self.checkpoint.names if self._is_outside(name) and name not in waiting]
-        self.checkpoint.load(names, self.device)
-        self.model.tie_weights()
-
-    def _load_head(self) -> None:
-        head = self._head()
-        if head is not None:
-            self.checkpoint.load_module(head, self.device)
-
     def _free_tied(self, matrices: Labels) -> None:
         """Give a head that shares the embedding's weight a copy of its own before either is rounded."""
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
@@ -285,26 +247,7 @@ class Sweep:
         head = self.model.get_output_embeddings()
         return any(self.model.get_submodule(matrix.module) is head for matrix in matrices)
 
-    # -- records and resume ------------------------------------------------------------------------
-
-    def _record_file(self, position: int) -> Path:
-        return self.run.scratch / f"unit-{position:05d}.json"
-
-    def _activation_file(self, position: int) -> Path:
-        return self.run.scratch / f"activations-{position:05d}.safetensors"
-
-    def _finished(self, name: str, position: int) -> UnitRecord | None:
-        record = UnitRecord.read(self._record_file(position))
-        if record is not None and (self.target / record.file).is_file():
-            self.run.reporter.event("block.resume", block=name, position=position)
-            return record
-        return None
-
-    def _restore(self, position: int, activations: Activations | None) -> None:
-        """Take up the recordings of the block before, when they are not in memory already."""
-        if activations is None or position == 0 or activations.recordings[0].hidden:
-            return
-        activations.restore(self._activation_file(position - 1))
+    # -- records -----------------------------------------------------------------------------------
 
     def _finish(
         self, position: int, names: list[str], progress: _Progress, activations: Activations | None
@@ -312,11 +255,7 @@ class Sweep:
         encoded = encode(progress.results, progress.errors, self.labels, self.treatment, self.checkpoint)
         file = shard_name(position, len(self.blocks) + 1)
         record = write_unit(self.target, file, names, encoded, progress.layers, self.checkpoint, self.run)
-        if activations is not None:
-            activations.save(self._activation_file(position))
-        record.write(self._record_file(position))
-        self._activation_file(position - 1).unlink(missing_ok=True)
-        self.run.reporter.event("block.finish", position=position)
+        self._walk.finish(position, record, activations)
         return record
 
     def _complete(self, records: list[UnitRecord]) -> Outcome:
@@ -324,16 +263,8 @@ class Sweep:
         config = self.treatment.configuration()
         if self._unties(self._labels_outside()):
             config["tie_word_embeddings"] = False
-        (self.target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_index(
-            self.target, {record.file: record.names for record in records}, sum(r.bytes for r in records)
-        )
+        self._walk.complete(records, config)
         layers = [row for record in records for row in record.layers]
-        _write_layers(self.target / LAYERS_FILE, layers)
-        for file in self.source.companions:
-            copy = self.target / file.relative_to(self.source.path)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
         treated = [row["layer"] for row in layers]
         planned = [matrix.name for matrix in self.labels]
         if sorted(treated) != sorted(planned):
@@ -344,10 +275,7 @@ class Sweep:
         decisions = {
             "matrices": len(layers),
             "changed": sum(meant.changed for meant in tensors.values()),
-            "layers": {
-                row["layer"]: {key: value for key, value in row.items() if key not in ("layer", "seconds")}
-                for row in layers
-            },
+            "layers": decided(layers),
         }
         return Outcome(decisions, tensors)
 
@@ -362,15 +290,6 @@ def _replace(weight: torch.Tensor, replacement: Replacement) -> float:
         total += float(old.square().sum(dtype=torch.float64))
         old.copy_(new)
     return math.sqrt(lost / total) if total > 0 else math.sqrt(lost)
-
-
-def _write_layers(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The table of layers: one row a matrix, with its error, the tokens it saw and what the method noted."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _recorded(notes: Mapping[str, Any]) -> dict[str, str]:

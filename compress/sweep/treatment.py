@@ -25,6 +25,10 @@ class Replacement(ABC):
     def parts(self) -> dict[str, torch.Tensor]:
         """What is written of it, each with the rows in front, so that it can be split like the matrix."""
 
+    @abstractmethod
+    def notes(self) -> Mapping[str, float | int | str]:
+        """What the table of layers says of these rows alone."""
+
 
 @dataclass(frozen=True)
 class Treated:
@@ -45,6 +49,14 @@ class Treatment(ABC):
     @abstractmethod
     def calibrated(self) -> bool:
         """Whether calibration batches have to run."""
+
+    @property
+    @abstractmethod
+    def staged(self) -> bool:
+        """Whether a matrix sees what was done to those before it in its own block.
+
+        Otherwise all statistics of a block are gathered from the block as it was, in one pass.
+        """
 
     @abstractmethod
     def statistic(self, columns: int, device: torch.device) -> Statistic | None:

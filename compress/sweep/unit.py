@@ -87,12 +87,15 @@ def encode(
             continue
         # A weight tied to another has no tensor of its own on disk yet; it gets its module's name.
         name = matrix.on_disk[0] if matrix.on_disk else matrix.parameter
-        meant = Meant(fingerprint(replacement.value()), True, errors[matrix.name])
-        encoded[name] = Encoded(treatment.encode(name, replacement.parts(), labels[matrix]), meant)
+        value, parts = replacement.value(), replacement.parts()
+        if matrix.transposed:
+            value, parts = value.mT, {part: tensor.mT for part, tensor in parts.items()}
+        meant = Meant(fingerprint(value), True, errors[matrix.name])
+        encoded[name] = Encoded(treatment.encode(name, parts, labels[matrix]), meant)
         return_freed()
     for parameter, experts in fused.items():
-        parts = [results[matrix].parts() for matrix in experts]
-        stacked = {part: torch.stack([entry[part] for entry in parts]) for part in parts[0]}
+        pieces = [results[matrix].parts() for matrix in experts]
+        stacked = {part: torch.stack([entry[part] for entry in pieces]) for part in pieces[0]}
         error = max(errors[matrix.name] for matrix in experts)
         label = labels[experts[0]]
         for name, split in _split(parameter, stacked, checkpoint).items():

@@ -20,6 +20,7 @@ from compress.sweep.matrices import find_matrices
 from compress.sweep.sweep import Sweep
 from compress.sweep.treatment import Replacement, Treated, Treatment
 from tests import models_zoo
+from tests.dummies import Recorder
 
 CPU = torch.device("cpu")
 
@@ -37,6 +38,9 @@ class Dense(Replacement):
     def parts(self) -> dict[str, torch.Tensor]:
         return {"weight": self.weight}
 
+    def notes(self) -> Mapping[str, float | int | str]:
+        return {}
+
 
 class RowCount(Statistic):
     def __init__(self, columns: int) -> None:
@@ -51,13 +55,18 @@ class RowCount(Statistic):
 class Identity(Treatment):
     """Puts back what it got, after looking at every input."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], staged: bool = True) -> None:
         self.config = config
         self.seen: list[int] = []
+        self._staged = staged
 
     @property
     def calibrated(self) -> bool:
         return True
+
+    @property
+    def staged(self) -> bool:
+        return self._staged
 
     def statistic(self, columns: int, device: torch.device) -> Statistic:
         return RowCount(columns)
@@ -114,6 +123,34 @@ def test_an_identity_sweep_gives_the_same_weights_to_the_bit(name: str, tmp_path
     if labels:
         # Every token passes every layer of an ordinary block; experts share them out.
         assert max(treatment.seen) % (8 * 16) == 0
+
+
+@pytest.mark.parametrize(("staged", "passes"), [(True, 3 * 4), (False, 3)])
+def test_statistics_of_a_block_are_gathered_stage_by_stage_or_at_once(
+    staged: bool, passes: int, tmp_path: Path
+) -> None:
+    source = Artifact.open(models_zoo.write("llama", tmp_path))
+    save_file({"input_ids": models_zoo.tokens(8, 16)}, tmp_path / "tokens.safetensors")
+    (tmp_path / "out").mkdir()
+    recorder = Recorder()
+    run = Run(
+        scratch=tmp_path / "out" / ".progress",
+        calibration=CalibrationSource(str(tmp_path / "tokens.safetensors"), 8, 16, 4),
+        reporter=recorder,
+    )
+    model = skeleton(source)
+    checkpoint = Checkpoint(source, model)
+    labels = {
+        matrix: "as it is"
+        for block in find_blocks(model)
+        for matrix in find_matrices(model, block.name, checkpoint).matrices
+    }
+    treatment = Identity(source.config, staged)
+    outcome = Sweep(treatment, source, tmp_path / "out", run, model, checkpoint, labels, CPU).apply()
+    # q, k and v; o; gate and up; down.
+    assert recorder.count("block.calibrate") == passes
+    assert outcome.decisions["matrices"] == 3 * 7
+    assert set(treatment.seen) == {8 * 16}
 
 
 @pytest.mark.parametrize("name", models_zoo.CONFIGURATIONS)

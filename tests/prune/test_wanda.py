@@ -1,0 +1,277 @@
+"""Wanda against a plain dense re-implementation of the paper, and zeros counted in the files."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from compress import engine
+from compress.core.artifact import LAYERS_FILE, Artifact
+from compress.core.errors import PlanError, UsageError
+from compress.core.passes import build
+from compress.core.run import Run
+from compress.prune.wanda import Wanda
+from tests import models_zoo
+from tests.dummies import Recorder
+
+SAMPLES, LENGTH = 8, 16
+
+
+def prune(source: Path, out: Path, **options: Any) -> Artifact:
+    file = source.parent / "tokens.safetensors"
+    save_file({"input_ids": models_zoo.tokens(SAMPLES, LENGTH)}, file)
+    recipe = {
+        "model": str(source),
+        "steps": [{"use": "prune.wanda", **options}],
+        "data": {
+            "calibration": str(file),
+            "samples": SAMPLES,
+            "sequence_length": LENGTH,
+            "batch_size": 3,
+        },
+        "threads": 1,
+        "device": "cpu",
+    }
+    return Artifact.open(engine.run(recipe, out, single=True).final)
+
+
+def decisions(artifact: Artifact) -> dict[str, Any]:
+    assert artifact.lineage is not None
+    return dict(artifact.lineage.steps[-1].decisions)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def paper(model: Any, sparsity: float | None, pattern: tuple[int, int] | None) -> None:
+    """Algorithm 1 of the paper, on whole forward passes: block after block, each on pruned inputs."""
+    batch = models_zoo.tokens(SAMPLES, LENGTH)
+    for block in model.model.layers:
+        linear = [module for module in block.modules() if isinstance(module, torch.nn.Linear)]
+        inputs: dict[Any, torch.Tensor] = {}
+        hooks = [
+            module.register_forward_pre_hook(lambda m, args, inputs=inputs: inputs.__setitem__(m, args[0]))
+            for module in linear
+        ]
+        with torch.no_grad():
+            model(input_ids=batch)
+        for hook in hooks:
+            hook.remove()
+        for module in linear:
+            weight = module.weight.data
+            metric = weight.abs() * inputs[module].reshape(-1, weight.shape[1]).norm(p=2, dim=0)
+            if pattern is not None:
+                kept, of = pattern
+                for start in range(0, weight.shape[1], of):
+                    part = metric[:, start : start + of]
+                    gone = torch.topk(part, of - kept, dim=1, largest=False).indices
+                    weight.scatter_(1, start + gone, 0)
+            else:
+                assert sparsity is not None
+                _, order = torch.sort(metric, dim=-1, stable=True)
+                weight.scatter_(1, order[:, : int(weight.shape[1] * sparsity)], 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "sparsity", "pattern"),
+    [
+        ({}, 0.5, None),
+        ({"sparsity": 0.3}, 0.3, None),
+        ({"pattern": "2:4"}, None, (2, 4)),
+        ({"pattern": "4:8"}, None, (4, 8)),
+        ({"pattern": "1:4"}, None, (1, 4)),
+    ],
+)
+def test_the_mask_is_that_of_the_paper(
+    options: dict[str, Any], sparsity: float | None, pattern: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    source = models_zoo.write("llama", tmp_path)
+    out = prune(source, tmp_path / "out", **options)
+    expected = models_zoo.build("llama")
+    paper(expected, sparsity, pattern)
+    ours = transformers.LlamaForCausalLM.from_pretrained(out.path).state_dict()
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(ours[name] == 0, weight == 0), name
+        assert torch.equal(ours[name], weight), name
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *[(name, torch.float32) for name in ("llama", "gpt2", "opt", "bert", "qwen2-moe", "phi", "gemma2")],
+        *[(name, torch.bfloat16) for name in ("llama", "gpt2", "mixtral")],
+    ],
+)
+def test_sparsity_counted_in_the_files_is_exact(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    source = models_zoo.write(name, tmp_path, dtype=dtype)
+    out = prune(source, tmp_path / "out", pattern="2:4")
+    before, after = tensors(source), tensors(out.path)
+    assert before.keys() == after.keys()
+    assert out.lineage is not None
+    changed = [key for key, meant in out.lineage.tensors.items() if meant.changed]
+    zeros = weights = 0
+    for key, tensor in after.items():
+        assert tensor.dtype == before[key].dtype
+        assert tensor.shape == before[key].shape
+        if key not in changed:
+            assert torch.equal(tensor, before[key]), key
+            continue
+        zeros += int((tensor == 0).sum())
+        weights += tensor.numel()
+        # What is not zero is the same to the bit.
+        assert torch.equal(torch.where(tensor == 0, tensor, before[key]), tensor), key
+        rows = tensor.T if name == "gpt2" else tensor
+        assert bool(((rows.unflatten(-1, (-1, 4)) != 0).sum(-1) == 2).all()), key
+    said = decisions(out)
+    assert (said["zeros"], said["weights"]) == (zeros, weights)
+    assert said["sparsity"] == 0.5
+    assert {row["zeros"] for row in said["layers"].values()} == {
+        str(int(row["rows"]) * int(row["columns"]) // 2) for row in said["layers"].values()
+    }
+    with (out.path / LAYERS_FILE).open(encoding="utf-8", newline="") as stream:
+        table = list(csv.DictReader(stream))
+    assert sum(int(row["zeros"]) for row in table) == zeros
+    assert {float(row["sparsity"]) for row in table} == {0.5}
+
+
+def test_the_fused_experts_are_pruned_as_experts(tmp_path: Path) -> None:
+    source = models_zoo.write("mixtral", tmp_path)
+    out = prune(source, tmp_path / "out", sparsity=0.25)
+    assert out.lineage is not None
+    experts = {key: meant for key, meant in out.lineage.tensors.items() if ".experts." in key}
+    assert len(experts) == 3 * 4 * 3
+    assert all(meant.changed for meant in experts.values())
+    for key, tensor in tensors(out.path).items():
+        if key in experts:
+            assert int((tensor == 0).sum()) == tensor.numel() // 4
+
+
+def test_head_and_embedding_stay_whole_unless_the_head_is_asked_for(tmp_path: Path) -> None:
+    source = models_zoo.write("llama-tied", tmp_path)
+    plain = transformers.LlamaForCausalLM.from_pretrained(prune(source, tmp_path / "a").path)
+    assert int((plain.lm_head.weight == 0).sum()) == 0
+    out = prune(source, tmp_path / "b", include=["lm_head"])
+    assert decisions(out)["layers"]["lm_head"]["tokens"] == SAMPLES * LENGTH
+    model = transformers.LlamaForCausalLM.from_pretrained(out.path)
+    assert model.config.tie_word_embeddings is False
+    assert int((model.lm_head.weight == 0).sum()) == model.lm_head.weight.numel() // 2
+    assert int((model.model.embed_tokens.weight == 0).sum()) == 0
+    with pytest.raises(PlanError, match="looks rows up"):
+        prune(models_zoo.write("llama", tmp_path), tmp_path / "c", include=["*embed_tokens"])
+
+
+def test_ignored_modules_stay_whole(tmp_path: Path) -> None:
+    source = models_zoo.write("llama", tmp_path)
+    out = prune(source, tmp_path / "out", ignore=["model.layers.0.*", "*.down_proj"])
+    said = decisions(out)
+    assert said["kept"]["model.layers.0.mlp.up_proj"] == "ignored"
+    assert len(said["layers"]) == 2 * 6
+    with pytest.raises(UsageError, match="matches no module"):
+        prune(source, tmp_path / "other", ignore=["*.donw_proj"])
+
+
+def test_what_cannot_be_pruned_is_refused(tmp_path: Path) -> None:
+    source = models_zoo.write("llama", tmp_path)
+    with pytest.raises(PlanError, match=r"q_proj has 32 columns, which runs of 7 do not divide"):
+        prune(source, tmp_path / "out", pattern="3:7")
+    with pytest.raises(PlanError, match="no matrix is left"):
+        prune(source, tmp_path / "out", ignore=["model.layers.*"])
+    with pytest.raises(PlanError, match="needs calibration text"):
+        Wanda().check(Artifact.open(source), Run())
+    oss = models_zoo.write("gpt-oss", tmp_path)
+    with pytest.raises(PlanError, match=r"experts\.gate_up_proj.*cannot hold it"):
+        prune(oss, tmp_path / "out")
+    out = prune(oss, tmp_path / "out", ignore=["*.experts"])
+    assert decisions(out)["kept"]["model.layers.0.mlp.experts.gate_up_proj"] == "ignored"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"pattern": "4:2"}, "N:M with 0 < N < M"),
+        ({"pattern": "half"}, "N:M"),
+        ({"sparsity": 1.0}, "less than 1"),
+        ({"sparsity": 0.5, "pattern": "2:4"}, "either sparsity or pattern"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        build("prune.wanda", options)
+
+
+class Killed(Exception):
+    """Stands in for a power cut."""
+
+
+class KillAt(Recorder):
+    """Dies at the second block."""
+
+    def event(self, name: str, **facts: object) -> None:
+        super().event(name, **facts)
+        if name == "layer.solve" and self.count(name) == 9:
+            raise Killed
+
+
+def test_a_run_that_is_killed_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    source = models_zoo.write("llama", tmp_path)
+    whole = prune(source, tmp_path / "whole")
+    recipe = {
+        "model": str(source),
+        "steps": [{"use": "prune.wanda"}],
+        "data": {
+            "calibration": str(tmp_path / "tokens.safetensors"),
+            "samples": SAMPLES,
+            "sequence_length": LENGTH,
+            "batch_size": 3,
+        },
+        "threads": 1,
+        "device": "cpu",
+    }
+    with pytest.raises(Killed):
+        engine.run(recipe, tmp_path / "out", single=True, reporter=KillAt())
+    again = Recorder()
+    resumed = engine.run(recipe, tmp_path / "out", single=True, reporter=again).final
+    assert again.count("block.resume") == 1
+    for file in sorted(whole.path.iterdir()):
+        if file.name not in ("compress.run.json", LAYERS_FILE):
+            assert (resumed / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.slow
+def test_it_loses_less_than_magnitude_alone(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "models" / "gutenberg-4m"
+    recipe = {
+        "model": str(folder),
+        "steps": [{"use": "prune.wanda", "sparsity": 0.6}],
+        "data": {
+            "calibration": str(shared / "data" / "gutenberg_train.txt.gz"),
+            "samples": 16,
+            "sequence_length": 256,
+        },
+        "threads": 1,
+        "device": "cpu",
+    }
+    out = engine.run(recipe, tmp_path / "out", single=True).final
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    words = (shared / "data" / "wikitext2_valid.txt").read_text(encoding="utf-8")[:40_000]
+    tokens = torch.tensor(tokenizer(words, add_special_tokens=False)["input_ids"][:4096]).view(-1, 256)
+
+    def loss(model: Any) -> float:
+        with torch.no_grad():
+            return float(model.float()(input_ids=tokens, labels=tokens).loss)
+
+    load = transformers.LlamaForCausalLM.from_pretrained
+    by_magnitude = load(folder).float()
+    for name, parameter in by_magnitude.named_parameters():
+        if "proj" in name:
+            lowest = parameter.abs().sort(dim=1).indices[:, : int(parameter.shape[1] * 0.6)]
+            parameter.data.scatter_(1, lowest, 0)
+    assert loss(load(folder)) < loss(load(out)) < loss(by_magnitude)
