@@ -12,10 +12,27 @@ import typer
 
 from compress.cli import from_pass
 from compress.cli.flags import FlagCommand, model_flags, part, with_flags
-from compress.cli.start import DATA_FIELDS, RUN_FIELDS, RUN_FLAGS, Debug, Output, RunChoice, start
-from compress.cli.tables import measured_document, measured_text, nested_text, table, verification_text
+from compress.cli.start import (
+    DATA_FIELDS,
+    RUN_FIELDS,
+    RUN_FLAGS,
+    TRAINING_FIELDS,
+    TRAINING_FLAGS,
+    Debug,
+    Output,
+    RunChoice,
+    start,
+)
+from compress.cli.tables import (
+    examination_text,
+    measured_document,
+    measured_text,
+    nested_text,
+    table,
+    verification_text,
+)
 from compress.core.bench import Bench
-from compress.core.errors import UsageError
+from compress.core.errors import EnvironmentFault, UsageError
 from compress.core.gate import Gate
 from compress.core.passes import names
 from compress.core.recipe import Recipe, schema
@@ -43,7 +60,7 @@ def gates_of(file: Path | None) -> tuple[Gate, ...]:
 @fixed.command(
     cls=FlagCommand, options_metavar="[FLAGS]", short_help="run a recipe: compress, verify, report"
 )
-@with_flags(*RUN_FLAGS)
+@with_flags(*RUN_FLAGS, *TRAINING_FLAGS)
 def run(
     recipe: Annotated[Path, typer.Argument(help="a YAML file")],
     choice: RunChoice,
@@ -75,7 +92,7 @@ def run(
     flags = {
         **({} if model is None else {"model": model}),
         **part(given, RUN_FIELDS),
-        **{f"data.{name}": value for name, value in part(given, DATA_FIELDS).items()},
+        **{f"data.{name}": value for name, value in part(given, (*DATA_FIELDS, *TRAINING_FIELDS)).items()},
     }
     # A value in JSON is a value in YAML.
     changes = [f"{path}={json.dumps(value)}" for path, value in flags.items()]
@@ -160,6 +177,80 @@ def bench_verdict(
 @fixed.command(
     cls=FlagCommand,
     options_metavar="[FLAGS]",
+    short_help="continue a prompt with any model folder",
+    epilog='Example:\n  compress generate MODEL "Once upon a time" --max-new-tokens 64',
+)
+@with_flags(*model_flags(Recipe, "Run", ["device", "seed", "threads", "trust_remote_code"]))
+def generate(
+    model: Annotated[str, typer.Argument(help=from_pass.MODEL)],
+    prompt: Annotated[str, typer.Argument(help="what to continue, or to answer with --chat")],
+    output: Output,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="INTEGER", help="tokens at most", rich_help_panel="Generation")
+    ] = 128,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            metavar="NUMBER",
+            help="0 takes the likeliest token, more draws among the likely ones",
+            rich_help_panel="Generation",
+        ),
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            metavar="NUMBER",
+            help="draw only from the likeliest tokens that together have this probability",
+            rich_help_panel="Generation",
+        ),
+    ] = 1.0,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="say the prompt as a user's turn, in the model's chat template",
+            rich_help_panel="Generation",
+        ),
+    ] = False,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="runtime [default: the first that runs the model]", rich_help_panel="Run"
+        ),
+    ] = None,
+    **given: Any,
+) -> int:
+    """Continue a prompt, token by token as they are chosen, with any model: float, quantized or ONNX.
+
+    It ends where the model ends its text (generation_config.json), or after --max-new-tokens.
+    """
+    from compress.runtimes.generation import Choice, Writing
+
+    writing = Writing.open(
+        model,
+        prompt,
+        Choice(temperature, top_p, given.get("seed", 0)),
+        limit=max_new_tokens,
+        chat=chat,
+        runtime=runtime,
+        device=given.get("device", "auto"),
+        threads=given.get("threads"),
+        trust_remote_code=given.get("trust_remote_code", False),
+    )
+    pieces = []
+    for piece in writing.pieces():
+        pieces.append(piece)
+        if not (output.json or output.quiet):
+            typer.echo(piece, nl=False)
+    document = {"event": "generated", "prompt": prompt, "text": "".join(pieces), **writing.facts()}
+    # What people read has been written already, but for the end of the line.
+    output.say("", document)
+    return 0
+
+
+@fixed.command(
+    cls=FlagCommand,
+    options_metavar="[FLAGS]",
     short_help="show what a model folder holds and how it was made",
 )
 @with_flags()
@@ -183,6 +274,26 @@ def verify(artifact: Artifact, output: Output, **given: Any) -> int:
     report = engine.verify(artifact, reporter=output.reporter(), **given)
     output.say(verification_text(report), {"event": "verified", **asdict(report)})
     return 0
+
+
+@fixed.command(
+    cls=FlagCommand,
+    options_metavar="[FLAGS]",
+    short_help="show what this machine has, and what is missing for what",
+)
+@with_flags()
+def doctor(output: Output) -> int:
+    """Show what this machine has, what each extra adds, and what is missing for what.
+
+    Nothing is installed or downloaded. Exit code 6 says that a required package is missing or too old.
+    """
+    from compress import engine
+
+    chapters = engine.examine()
+    document = {name: [asdict(each) for each in findings] for name, findings in chapters.items()}
+    output.say(examination_text(chapters), {"event": "examined", **document})
+    wrong = any(each.state == "wrong" for findings in chapters.values() for each in findings)
+    return EnvironmentFault.exit_code if wrong else 0
 
 
 @fixed.command(cls=FlagCommand, options_metavar="[FLAGS]", short_help="list every method")

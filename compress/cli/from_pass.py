@@ -7,11 +7,21 @@ from typing import Annotated, Any
 import typer
 
 from compress.cli.flags import FlagCommand, model_flags, part, with_flags
-from compress.cli.start import DATA_FIELDS, RUN_FIELDS, RUN_FLAGS, Output, RunChoice, start
+from compress.cli.start import (
+    DATA_FIELDS,
+    RUN_FIELDS,
+    RUN_FLAGS,
+    TRAINING_FIELDS,
+    TRAINING_FLAGS,
+    Output,
+    RunChoice,
+    start,
+)
 from compress.core.errors import CompressError
 from compress.core.facts import MEANING, Fact
 from compress.core.passes import Pass, build, find
 from compress.core.recipe import Recipe
+from compress.training.trainer import Trainer
 
 MODEL = "a folder, a hub id or builtin:NAME"
 """What may be given as a model."""
@@ -38,7 +48,11 @@ def application(name: str) -> typer.Typer:
         epilog=epilog(name, method),
         options_metavar="--out DIR [FLAGS]",
     )
-    @with_flags(*model_flags(method, "Method"), *RUN_FLAGS)
+    @with_flags(
+        *model_flags(method, "Method"),
+        *RUN_FLAGS,
+        *(TRAINING_FLAGS if issubclass(method, Trainer) else ()),
+    )
     def run(
         model: Annotated[str, typer.Argument(help=MODEL)],
         choice: RunChoice,
@@ -70,7 +84,7 @@ def recipe_of(name: str, model: str, given: Mapping[str, Any]) -> Recipe:
     return Recipe.of(
         {
             "model": model,
-            "data": part(given, DATA_FIELDS),
+            "data": part(given, (*DATA_FIELDS, *TRAINING_FIELDS)),
             "steps": [{"use": name, **options}],
             **part(given, RUN_FIELDS),
         },
@@ -95,6 +109,8 @@ def description(method: type[Pass]) -> str:
     lines = [summary]
     if method.calibrated:
         lines.append("Reads calibration text: give --calibration TEXT.")
+    if issubclass(method, Trainer):
+        lines.append("Reads training text: give --train TEXT.")
     facts = [f"Needs {_facts(method.needs)}."] if method.needs else []
     if method.gives:
         facts.append(f"Gives {_facts(method.gives)}.")

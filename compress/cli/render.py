@@ -23,6 +23,8 @@ PLAIN_PERIOD = 10.0
 """Seconds between two lines of one piece of work in a plain log."""
 JSON_PERIOD = 1.0
 """Seconds between two progress objects of one piece of work in a JSON log."""
+NOTE = "progress.note"
+"""An event that says in its ``text`` how the innermost piece of work is doing, beside how far it is."""
 
 
 class ReaderLeft(Exception):
@@ -58,6 +60,7 @@ class _Work:
     started: float
     told: float
     done: int = 0
+    note: str = ""
 
     def rate(self, now: float) -> float:
         """Units a second so far."""
@@ -78,7 +81,9 @@ class PlainReporter(Reporter):
         self._stack: list[_Work] = []
 
     def event(self, name: str, **facts: object) -> None:
-        """Events are for machines; a person reads messages and progress."""
+        """Events are for machines; a person reads messages and progress, with the newest note on it."""
+        if name == NOTE and self._stack:
+            self._stack[-1].note = str(facts.get("text", ""))
 
     def message(self, text: str) -> None:
         """Print the line."""
@@ -102,6 +107,7 @@ class PlainReporter(Reporter):
                 f"{work.title}: {work.done}/{_count(work.total, work.unit)}",
                 speed(work.rate(now), work.unit),
                 *([] if left is None else [f"{duration(left)} left"]),
+                *([work.note] if work.note else []),
             ]
             self._line(", ".join(parts))
 
@@ -172,7 +178,9 @@ class RichReporter(Reporter):
         self._stack: list[TaskID] = []
 
     def event(self, name: str, **facts: object) -> None:
-        """Events are for machines; a person sees the bars."""
+        """Events are for machines; a person sees the bars, and behind the innermost its newest note."""
+        if name == NOTE and self._stack and self._progress is not None:
+            self._progress.update(self._stack[-1], note=str(facts.get("text", "")))
 
     def message(self, text: str) -> None:
         """Print the line above the bars."""
@@ -184,7 +192,7 @@ class RichReporter(Reporter):
             self._progress = _bars(self._terminal())
             self._progress.start()
         title = "  " * len(self._stack) + title
-        self._stack.append(self._progress.add_task(title, total=total, unit=unit))
+        self._stack.append(self._progress.add_task(title, total=total, unit=unit, note=""))
 
     def advance(self, by: int = 1) -> None:
         """Move the innermost bar."""
@@ -248,6 +256,7 @@ def _bars(console: "Console") -> "Progress":
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
     )
 

@@ -21,6 +21,9 @@ RUN_FIELDS = ("task", "seed", "device", "threads", "trust_remote_code")
 """Fields of `Recipe` that every command which runs something offers as flags."""
 DATA_FIELDS = ("calibration", "samples", "sequence_length", "batch_size")
 """Fields of `Data` that every such command offers."""
+TRAINING_FIELDS = ("train", "validation")
+"""Fields of `Data` that commands offer which may train."""
+TRAINING_FLAGS = tuple(model_flags(Data, "Training", TRAINING_FIELDS))
 RUN_FLAGS = (*model_flags(Data, "Calibration", DATA_FIELDS), *model_flags(Recipe, "Run", RUN_FIELDS))
 
 

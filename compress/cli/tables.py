@@ -9,7 +9,7 @@ from compress.cli.render import duration, size
 
 if TYPE_CHECKING:
     from compress.bench.results import Results
-    from compress.engine import RunResult, VerificationReport
+    from compress.engine import Finding, RunResult, VerificationReport
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -73,6 +73,21 @@ def measured_text(results: "Results") -> str:
     with console.capture() as captured:
         console.print(renderable(results))
     return captured.get().rstrip()
+
+
+def examination_text(chapters: "Mapping[str, Sequence[Finding]]") -> str:
+    """What was looked for and found, a chapter after the other, with what to do about what is not there."""
+    parts = []
+    for chapter, findings in chapters.items():
+        rows = [(each.subject, each.state, each.found, each.serves) for each in findings]
+        lines = table(("", "", "found", "for"), rows).splitlines()[1:]
+        remedies = [f"  {each.subject}: {each.remedy}" for each in findings if each.remedy]
+        parts.append("\n".join([chapter, *(f"  {line}" for line in lines), *_indented("to do", remedies)]))
+    return "\n\n".join(parts)
+
+
+def _indented(title: str, lines: Sequence[str]) -> list[str]:
+    return [f"  {title}:", *(f"  {line}" for line in lines)] if lines else []
 
 
 def verification_text(report: "VerificationReport") -> str:

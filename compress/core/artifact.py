@@ -21,11 +21,12 @@ from compress.core.passes import Meant
 LINEAGE_FILE = "compress.json"
 RUN_FILE = "compress.run.json"
 LAYERS_FILE = "compress.layers.csv"
+TRAINING_FILE = "compress.training.csv"
 LINEAGE_VERSION = 1
 
 WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".onnx.data", ".gguf")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
-_OURS = (LINEAGE_FILE, RUN_FILE, LAYERS_FILE)
+_OURS = (LINEAGE_FILE, RUN_FILE, LAYERS_FILE, TRAINING_FILE)
 _CONFIGURATION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 
 

@@ -28,7 +28,7 @@ from compress.core.errors import UsageError, did_you_mean
 from compress.core.measurement import Direction, Effect, EffectKind
 from compress.core.passes import invalid
 
-GateTest = Literal["bound", "non-inferiority", "superiority", "range"]
+GateTest = Literal["bound", "non-inferiority", "superiority", "range", "recovery"]
 
 
 class Verdict(StrEnum):
@@ -106,12 +106,15 @@ Quantity = Annotated[
 
 @final
 class Arms(BaseModel):
-    """Which two arms a gate compares, by name (``before``, ``after``), with ``@runtime`` where it matters."""
+    """Which arms a gate compares, by name (``before``, ``after``), with ``@runtime`` where it matters."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     before: str | None = Field(default=None, description="the reference arm; the one of the same runtime")
     after: str | None = Field(default=None, description="the judged arm; every AFTER on the first runtime")
+    damaged: str | None = Field(
+        default=None, description="of a recovery: the arm that lost what the judged one shall have regained"
+    )
 
 
 @final
@@ -139,7 +142,9 @@ class Gate(BaseModel):
     metric: str = Field(min_length=1, description="name of the judged quantity, such as perplexity")
     test: GateTest = Field(
         description="bound: AFTER within a limit; non-inferiority: not worse than BEFORE by more than the "
-        "margin; superiority: better than BEFORE by more than the margin; range: AFTER within two limits"
+        "margin; superiority: better than BEFORE by more than the margin; range: AFTER within two limits; "
+        "recovery: of what a damaged arm lost against BEFORE, AFTER has regained at_least this share (of a "
+        "perplexity in nats)"
     )
     margin: Quantity | None = Field(default=None, description="tolerated (or demanded) change: 10% or 0.1")
     at_most: Quantity | None = Field(
@@ -154,8 +159,13 @@ class Gate(BaseModel):
         limits = (self.at_most is not None) + (self.at_least is not None)
         if self.test == "bound" and (limits != 1 or self.margin is not None):
             raise ValueError("a bound takes exactly one of at_most and at_least, and no margin")
+        if (self.test == "recovery") != (self.arms.damaged is not None):
+            raise ValueError("a recovery names the arm that lost, arms.damaged; no other test has one")
         if self.test == "range":
             self._check_range()
+        elif self.test == "recovery":
+            if self.at_least is None or not self.at_least.relative or self.at_most or self.margin:
+                raise ValueError("a recovery takes at_least, a share such as 50%, and nothing else")
         elif self.test != "bound" and limits:
             raise ValueError(f"{self.test} takes a margin, not at_most or at_least")
         if self.test == "non-inferiority" and self.margin is None:
@@ -212,6 +222,8 @@ class Gate(BaseModel):
     def wants(self) -> EffectKind:
         """Which effect the gate judges."""
         limit = self._limit
+        if self.test == "recovery":
+            return "recovery"
         if self.test in ("bound", "range"):
             return "ratio" if limit.relative else "value"
         return "ratio" if limit.relative else "difference"
@@ -226,6 +238,8 @@ class Gate(BaseModel):
         if self.test == "range":
             share = " of BEFORE" if self._limit.relative else ""
             return f"{self.metric} from {self.at_least} to {self.at_most}{share}"
+        if self.test == "recovery":
+            return f"{self.metric} regained by at least {self.at_least} of what {self.arms.damaged} lost"
         if self.test == "bound":
             words = "at most" if self.at_most is not None else "at least"
             share = " of BEFORE" if self._limit.relative else ""
@@ -250,7 +264,7 @@ class Gate(BaseModel):
         """
         if effect.kind != self.wants:
             raise ValueError(f"{self} judges a {self.wants}, got a {effect.kind}")
-        if self.test not in ("bound", "range") and better == "neither":
+        if self.test not in _ABSOLUTE and better == "neither":
             return self.invalid(
                 f"no direction of {self.metric} is an improvement; use a bound", before, after
             )
@@ -293,7 +307,7 @@ class Gate(BaseModel):
 
     def _ends(self, better: Direction) -> tuple["_End", ...]:
         """What bounds the acceptable values: one end of a half-line, or both of a range."""
-        if self.test in ("bound", "range"):
+        if self.test in _ABSOLUTE:
             upper = () if self.at_most is None else (_End(self.at_most.number, True, False),)
             lower = () if self.at_least is None else (_End(self.at_least.number, False, False),)
             return (*lower, *upper)
@@ -304,6 +318,9 @@ class Gate(BaseModel):
         end = centre + worse * limit.number * (1.0 if tolerated else -1.0)
         return (_End(end, better == "lower", not tolerated),)
 
+
+_ABSOLUTE: Final = ("bound", "range", "recovery")
+"""Tests whose limits say by themselves on which side is well."""
 
 _WHY: Final[Mapping[tuple[Verdict, bool], str]] = {
     (Verdict.PASS, False): "and the whole interval is",
@@ -320,6 +337,11 @@ def _shown(effect: Effect, better: Direction) -> str:
     interval = f" [{effect.low:.5g}, {effect.high:.5g}]" if effect.low != effect.high else ""
     if effect.kind == "value":
         return f"AFTER has {effect.point:.5g}{interval}"
+    if effect.kind == "recovery":
+        bounds = (
+            "" if effect.low is None or effect.high is None else f" [{effect.low:.1%}, {effect.high:.1%}]"
+        )
+        return f"{effect.point:.1%}{bounds} of the loss is regained"
     centre = 1.0 if effect.kind == "ratio" else 0.0
     words = f"{effect.point:.5g}{interval} times BEFORE" if centre else f"{effect.point:+.5g}{interval}"
     change = effect.point - centre

@@ -18,7 +18,8 @@ Summary = Literal["exact", "mean", "root-mean", "geometric-mean", "exponential-m
 weighted mean, which makes a perplexity out of nats; ``root-mean`` its square root, for samples that are
 squares."""
 
-EffectKind = Literal["value", "difference", "ratio"]
+EffectKind = Literal["value", "difference", "ratio", "recovery"]
+"""``recovery`` is the share of a loss that was regained: 0 as the damaged arm, 1 as BEFORE."""
 
 
 @final
@@ -194,7 +195,10 @@ class Effect(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
-    kind: EffectKind = Field(description="value of AFTER, AFTER minus BEFORE, or AFTER over BEFORE")
+    kind: EffectKind = Field(
+        description="value of AFTER, AFTER minus BEFORE, AFTER over BEFORE, or the share of what a damaged "
+        "arm lost that AFTER has regained"
+    )
     point: float = Field(description="the estimate")
     low: float | None = Field(description="lower bound; null where too little was sampled for one")
     high: float | None = Field(description="upper bound; null where too little was sampled for one")

@@ -94,7 +94,14 @@ class Data(BaseModel):
         default=None,
         description="text that calibrated methods read: a text file (also .gz), JSON lines or a hub data set",
     )
-    train: str | None = Field(default=None, description="text that training methods read")
+    train: str | None = Field(
+        default=None,
+        description="text that training methods read: a text file (also .gz), JSON lines or a hub data set",
+    )
+    validation: str | None = Field(
+        default=None,
+        description="text that training is judged by while it runs; none holds out a part of `train`",
+    )
     eval: str | None = Field(default=None, description="text that the before/after report is measured on")
     samples: PositiveInt = Field(default=128, description="calibration sequences")
     sequence_length: PositiveInt = Field(default=512, description="tokens in each calibration sequence")

@@ -1,6 +1,7 @@
 """What belongs to a run and not to a method: task, seed, calibration data, device, threads."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -8,6 +9,13 @@ from typing import Literal
 from compress.core.events import SILENT, Reporter
 
 Device = Literal["cpu", "cuda"]
+
+RESUMABLE = "resumable"
+"""An empty file of this name in `Run.scratch` says that there is progress to resume from.
+
+The engine clears the working folder of a step that failed without it, so that a run which had hardly begun
+leaves nothing behind.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,19 @@ class CalibrationSource:
 
 
 @dataclass(frozen=True)
+class TrainingSource:
+    """Which text a method trains on; the same for every method of a run.
+
+    Attributes:
+        text: path, hub data set or ``builtin:NAME``, as `compress.data.corpora` resolves it.
+        validation: text to judge progress on; a part of ``text`` is held out where none is given.
+    """
+
+    text: str
+    validation: str | None = None
+
+
+@dataclass(frozen=True)
 class Run:
     """The circumstances of one application of a pass.
 
@@ -38,6 +59,8 @@ class Run:
         threads: torch's intra-operation threads; part of a step's identity, because other thread
             counts give other bytes.
         calibration: the calibration data, or none.
+        training: the training text, or none.
+        models: folders of the other models that the method reads (a teacher), by the option that names them.
         scratch: a folder for progress that outlives a crash but is no part of the result.
         trust_remote_code: whether code inside the model folder may run.
         reporter: who is told what happens.
@@ -48,6 +71,8 @@ class Run:
     device: Device = "cpu"
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     calibration: CalibrationSource | None = None
+    training: TrainingSource | None = None
+    models: Mapping[str, Path] = field(default_factory=dict)
     scratch: Path = Path(".")
     trust_remote_code: bool = False
     reporter: Reporter = SILENT

@@ -1,14 +1,17 @@
 """The engine: plan a recipe, run it, resume it, verify what it wrote."""
 
+from compress.engine.examination import Finding, examine
 from compress.engine.execution import RunResult, execute, run
 from compress.engine.inspection import VerificationReport, inspect, verify
 from compress.engine.planning import Plan, PlannedStep, plan
 
 __all__ = [
+    "Finding",
     "Plan",
     "PlannedStep",
     "RunResult",
     "VerificationReport",
+    "examine",
     "execute",
     "inspect",
     "plan",

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from compress.core.events import SILENT, Reporter
 from compress.core.identity import code_digest, libraries, step_key
 from compress.core.passes import find
 from compress.core.recipe import Recipe
-from compress.core.run import Run
+from compress.core.run import RESUMABLE, Run
 from compress.engine.planning import PLAN_FILE, Plan, PlannedStep, plan
-from compress.engine.steps import finished, step_circumstances
+from compress.engine.steps import finished, identified, step_circumstances, step_run
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ def _step(planned: Plan, step: PlannedStep, source: Artifact) -> Artifact:
         present = finished(step.target, step.key)
         # An intermediate that was dropped is not needed: the step after it is done too.
         return present or source
-    run_ = replace(planned.run, scratch=step.target.progress)
+    run_ = step_run(step.method, planned.source, planned.run, step.target.progress)
     circumstances = step_circumstances(step.method, planned.source, run_)
-    key = step_key(source.digest, step.method, circumstances)
+    key = step_key(source.digest, identified(step.method, run_), circumstances)
     if (present := finished(step.target, key)) is not None and not planned.fresh:
         return present
     if step.needs is None:
@@ -122,11 +122,15 @@ def _step(planned: Plan, step: PlannedStep, source: Artifact) -> Artifact:
         try:
             _make(planned, step, source, run_, key, circumstances, started)
         except BaseException as error:
-            # Nothing worth keeping: an error before the first finished block leaves nothing behind.
-            if not any(step.target.progress.glob("unit-*.json")) and isinstance(error, Exception):
+            # Nothing worth keeping: an error before the first finished block or checkpoint leaves nothing.
+            if not _resumable(step.target.progress) and isinstance(error, Exception):
                 shutil.rmtree(step.target.partial)
             raise
     return Artifact.open(step.target.path)
+
+
+def _resumable(progress: Path) -> bool:
+    return (progress / RESUMABLE).is_file() or any(progress.glob("unit-*.json"))
 
 
 def _locked(planned: Plan, step: PlannedStep) -> Any:
@@ -149,14 +153,13 @@ def _make(
     try:
         outcome = step.method.apply(source, partial, run_)
         digest = digest_of(partial)
-        record = StepRecord(
-            step.use, step.method.model_dump(mode="json"), key, digest, dict(circumstances), outcome.decisions
-        )
+        options = identified(step.method, run_).model_dump(mode="json")
+        record = StepRecord(step.use, options, key, digest, dict(circumstances), outcome.decisions)
         before = source.lineage.steps if source.lineage is not None else ()
         origin = source.lineage.source_digest if source.lineage is not None else source.digest
         lineage = Lineage(origin, (*before, record), outcome.tensors)
         lineage.write(partial)
-        _write_run_file(partial, planned, step, started)
+        _write_run_file(partial, planned, step, run_, started)
         if outcome.tensors:
             verify_weights(Artifact.open(partial), lineage, run_, source)
     except OSError as error:
@@ -169,10 +172,11 @@ def _make(
     reporter.event("artifact.done", target=str(step.target.path), digest=digest)
 
 
-def _write_run_file(partial: Path, planned: Plan, step: PlannedStep, started: float) -> None:
+def _write_run_file(partial: Path, planned: Plan, step: PlannedStep, run_: Run, started: float) -> None:
     """What may differ between runs that give the same bytes: times, hosts, paths."""
     document = {
         "source": str(planned.source.path),
+        **{option: str(folder) for option, folder in run_.models.items()},
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),

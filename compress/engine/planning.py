@@ -5,7 +5,7 @@ for what it needs, and compares that with the machine.
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from compress.core.facts import MEANING, Fact
 from compress.core.identity import step_key
 from compress.core.passes import Needs, Pass, name_of
 from compress.core.recipe import Recipe
-from compress.core.run import CalibrationSource, Device, Run
+from compress.core.run import CalibrationSource, Device, Run, TrainingSource
 from compress.core.target import Target
-from compress.engine.steps import finished, step_circumstances, step_target
+from compress.engine.steps import finished, identified, step_circumstances, step_run, step_target
+from compress.training.trainer import Trainer
 
 PLAN_FILE = "compress.plan.json"
 RUNS_FOLDER = Path("runs")
@@ -125,14 +126,14 @@ def plan(
     run = _circumstances(recipe, reporter)
     _check_texts(recipe, source, run)
     _check_bench(recipe, source)
-    text = run.calibration.text if run.calibration is not None else None
     examine(
         source,
         trust_remote_code=recipe.trust_remote_code,
         task=recipe.task,
         reporter=reporter,
-        needs_tokenizer=text is not None and not text.endswith(".safetensors"),
+        needs_tokenizer=_needs_tokenizer(run),
     )
+    _check_other_models(recipe, source, run)
     steps = _planned(recipe, source, folder, run, single=single, fresh=fresh)
     _check_machine(steps, folder, reporter)
     return Plan(recipe, source, steps, folder, single, run, reporter, fresh)
@@ -163,12 +164,14 @@ def _circumstances(recipe: Recipe, reporter: Reporter) -> Run:
     calibration = None
     if data.calibration is not None:
         calibration = CalibrationSource(data.calibration, data.samples, data.sequence_length, data.batch_size)
+    training = TrainingSource(data.train, data.validation) if data.train is not None else None
     return Run(
         task=recipe.task,
         seed=recipe.seed,
         device=_device(recipe.device),
         threads=recipe.threads or os.cpu_count() or 1,
         calibration=calibration,
+        training=training,
         trust_remote_code=recipe.trust_remote_code,
         reporter=reporter,
     )
@@ -195,10 +198,45 @@ def _check_texts(recipe: Recipe, source: Artifact, run: Run) -> None:
                 f"set data.sequence_length to at most {room} (--sequence-length {room})",
             )
         calibration.check(run.calibration)
+    _check_training(recipe, run)
     if recipe.bench is not None:
         if recipe.data.eval is None:
             raise PlanError("the recipe has a bench and no text to measure on", "set data.eval")
         corpora.check(recipe.data.eval)
+
+
+def _check_training(recipe: Recipe, run: Run) -> None:
+    """Refuse now what a step far down the recipe would refuse when it is its turn."""
+    from compress.data import training
+
+    for index, step in enumerate(recipe.steps):
+        if isinstance(step.built(), Trainer) and run.training is None:
+            raise PlanError(
+                f"step {index} ({step.use}) needs training text", "give --train TEXT or data.train"
+            )
+    if run.training is not None:
+        training.check(run.training)
+    elif recipe.data.validation is not None:
+        raise PlanError("the recipe has a validation text and no training text", "set data.train")
+
+
+def _check_other_models(recipe: Recipe, source: Artifact, run: Run) -> None:
+    """Look over the models that steps name beside the source, as the source itself is looked over."""
+    from compress.models.preflight import examine
+
+    for step in recipe.steps:
+        for folder in step_run(step.built(), source, run, run.scratch).models.values():
+            if folder != source.path:
+                examine(Artifact.open(folder), trust_remote_code=run.trust_remote_code, reporter=run.reporter)
+
+
+def _needs_tokenizer(run: Run) -> bool:
+    from compress.data import training
+
+    text = run.calibration.text if run.calibration is not None else None
+    if text is not None and not text.endswith(".safetensors"):
+        return True
+    return run.training is not None and training.needs_tokenizer(run.training)
 
 
 def _check_bench(recipe: Recipe, source: Artifact) -> None:
@@ -228,14 +266,15 @@ def _planned(
     for index, method in enumerate(methods):
         use = name_of(method)
         target = step_target(folder, index, use, len(methods), single=single)
+        run_ = step_run(method, source, run, target.progress)
         key = None
         if parent_digest is not None:
-            key = step_key(parent_digest, method, step_circumstances(method, source, run))
+            key = step_key(parent_digest, identified(method, run_), step_circumstances(method, source, run_))
         present = finished(target, key)
         done = not fresh and (present is not None or (key is not None and key in recorded))
         needs = None
         if parent is not None and not done:
-            needs = method.check(parent, replace(run, scratch=target.progress))
+            needs = method.check(parent, run_)
         steps.append(PlannedStep(use, method, target, key, done, needs))
         parent = present if done else None
         parent_digest = (present.digest if present else recorded.get(key or "")) if done else None

@@ -1,11 +1,46 @@
 """One step of a run: where its artifact lies, what it would compute, and whether that is there."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from compress.core.artifact import Artifact, Lineage
+from compress.core.artifact import Artifact, Lineage, digest_of
 from compress.core.passes import Pass
 from compress.core.run import Run
 from compress.core.target import Target
+from compress.training.trainer import Trainer
+
+SOURCE_MODEL = "$model"
+"""How a recipe names the model that it starts from, among the options of a step."""
+
+
+def step_run(method: Pass, source: Artifact, run: Run, scratch: Path) -> Run:
+    """The circumstances of one step: where its progress lies, and the folders of the models it names.
+
+    Args:
+        source: the model that the recipe starts from.
+
+    Raises:
+        ModelError, UsageError, EnvironmentFault: there is no such model, or it cannot be reached.
+    """
+    from compress.models.source import resolve
+
+    models = {}
+    for option in method.other_models if isinstance(method, Trainer) else ():
+        name = getattr(method, option)
+        models[option] = (
+            source.path if name == SOURCE_MODEL else resolve(name, trust_remote_code=run.trust_remote_code)
+        )
+    return replace(run, scratch=scratch, models=models)
+
+
+def identified(method: Pass, run: Run) -> Pass:
+    """The pass with the models that it names replaced by what they hold: as it enters key and lineage.
+
+    A teacher that lies in another folder is the same teacher, and one that was changed is another.
+    """
+    digests = {option: f"sha256:{digest_of(folder)}" for option, folder in run.models.items()}
+    return method.model_copy(update=digests) if digests else method
 
 
 def step_circumstances(method: Pass, source: Artifact, run: Run) -> dict[str, Any]:
@@ -20,6 +55,15 @@ def step_circumstances(method: Pass, source: Artifact, run: Run) -> dict[str, An
             "samples": run.calibration.samples,
             "sequence_length": run.calibration.sequence_length,
             "batch_size": run.calibration.batch_size,
+        }
+    if isinstance(method, Trainer) and run.training is not None:
+        from compress.data import training
+        from compress.training.precision import resolved
+
+        circumstances |= {
+            "seed": run.seed,
+            "train": training.digest_of_source(run.training),
+            "precision": resolved(method.precision, run.device),
         }
     return circumstances
 

@@ -68,6 +68,26 @@ def test_plain_lines_say_where_work_stopped(clock: Clock) -> None:
     assert stream.getvalue().splitlines()[-1] == "quantize: stopped at 1/4 after 3.0 s"
 
 
+def test_a_note_stands_beside_how_far_the_work_is(clock: Clock) -> None:
+    stream = io.StringIO()
+    reporter = PlainReporter(stream, clock)
+    reporter.event("progress.note", text="of nothing")
+    with reporter.progress("training", 400, "token") as advance:
+        reporter.event("progress.note", text="loss 3.1")
+        reporter.event("progress.note", text="loss 2.5, validation 2.75")
+        clock.now += 20
+        advance(100)
+    assert stream.getvalue().splitlines()[1] == (
+        "training: 100/400 tokens, 5.0 token/s, 1 min 0 s left, loss 2.5, validation 2.75"
+    )
+    terminal = Terminal()
+    shown = RichReporter(terminal)
+    with shown.progress("training", 400, "token") as advance:
+        shown.event("progress.note", text="loss 2.5")
+        advance(400)
+    assert "loss 2.5" in terminal.getvalue()
+
+
 def test_json_lines_carry_events_progress_and_messages(clock: Clock) -> None:
     stream = io.StringIO()
     work(JsonReporter(stream, clock), clock)

@@ -159,3 +159,25 @@ def test_a_file_without_gates_is_refused(tmp_path: Path, text: str, message: str
     file.write_text(text)
     with pytest.raises(UsageError, match=message):
         Gate.load(file)
+
+
+def test_a_recovery_names_who_lost_and_how_much_shall_come_back() -> None:
+    asked = {"metric": "perplexity", "test": "recovery", "at_least": "50%", "arms": {"damaged": "pruned"}}
+    gate = Gate.of(asked)
+    assert gate.wants == "recovery"
+    assert str(gate) == "perplexity regained by at least 50% of what pruned lost"
+    for low, high, verdict in ((0.6, 0.8, "PASS"), (0.1, 0.4, "FAIL"), (0.4, 0.7, "UNDECIDED")):
+        found = Effect(
+            kind="recovery", point=(low + high) / 2, low=low, high=high, confidence=0.95, method="bootstrap"
+        )
+        judgement = gate.judge(found, "lower")
+        assert judgement.verdict == verdict
+        assert f"{low:.1%}, {high:.1%}] of the loss is regained" in judgement.explanation
+    for changed in (
+        {"arms": {}},
+        {"at_least": 0.5},
+        {"margin": "1%"},
+        {"test": "bound"},
+    ):
+        with pytest.raises(UsageError):
+            Gate.of({**asked, **changed})

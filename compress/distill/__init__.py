@@ -1,0 +1,1 @@
+"""Methods that train a student model to do what a teacher does."""

@@ -1,0 +1,109 @@
+"""What a training will take, predicted from shapes and one short timing of this machine."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compress.core.artifact import Artifact
+from compress.core.passes import Needs
+from compress.training.precision import Arithmetic
+from compress.training.trainer import Trainer
+
+IMPORT_BYTES = 700 * 2**20
+"""Python with torch and transformers: the resident set after importing both."""
+_NUMBERS = {"cpu": 2**20, "cuda": 2**26}
+"""Logits of one model that stand in memory at once, where nobody says another number. A CPU is fastest with
+as many as its caches hold."""
+_FEWEST = 128
+"""Positions for which it is worth to read the weights of a head."""
+_COPIES = 8
+"""Tensors of the size of a chunk's logits that a loss and its gradient take."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a model.
+
+    Attributes:
+        parameters: all of them.
+        multiplied: those that a token is multiplied with; a lookup costs nothing.
+        widths: numbers that one token's forward pass writes, about.
+        vocabulary: logits of a position.
+    """
+
+    parameters: int
+    multiplied: int
+    widths: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: Any) -> "Shape":
+        """The size of a causal language model, which may be a skeleton."""
+        matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+        table = model.get_input_embeddings().weight
+        inside = [weight for weight in matrices if weight is not table]
+        vocabulary = int(table.shape[0])
+        head = model.get_output_embeddings()
+        tied = head is not None and getattr(head, "weight", None) is table
+        return cls(
+            parameters=sum(weight.numel() for weight in model.parameters()),
+            multiplied=sum(weight.numel() for weight in inside) + (table.numel() if tied else 0),
+            widths=sum(sum(weight.shape[-2:]) for weight in inside if vocabulary not in weight.shape),
+            vocabulary=vocabulary,
+        )
+
+
+def chunk_of(vocabulary: int, device: str) -> int:
+    """Positions whose logits are computed at once, where nobody says another number."""
+    return max(_FEWEST, _NUMBERS[device] // vocabulary)
+
+
+def predict(
+    numbers: Trainer,
+    source: Artifact,
+    student: Shape,
+    teacher: Shape | None,
+    arithmetic: Arithmetic,
+    device: str,
+    chunk: int,
+) -> Needs:
+    """Disk, memory and time of a training.
+
+    Weights, gradients and two moments are float32; a teacher is held in the arithmetic of the passes.
+    Checkpoints are weights and moments, for a moment twice, and the best weights, for a moment twice.
+    """
+    width = 2 if arithmetic == "bfloat16" else 4
+    weights = sum(file.stat().st_size for file in source.weight_files)
+    activations = numbers.batch * numbers.window * student.widths * width
+    logits = _COPIES * min(chunk, numbers.batch * numbers.window) * student.vocabulary * 4
+    models = 16 * student.parameters + (teacher.parameters * width if teacher is not None else 0)
+    drawn = 40 * (numbers.tokens + numbers.evaluation_tokens)
+    steps = numbers.steps
+    trained = steps * numbers.step_tokens
+    evaluations = 2 + steps // numbers.evaluation_interval
+    judged = evaluations * numbers.evaluation_windows * numbers.window
+    operations = 6 * student.multiplied * trained + 2 * student.multiplied * judged
+    if teacher is not None:
+        operations += 2 * teacher.multiplied * (trained + judged)
+    seconds = operations / _rate(arithmetic, torch.device(device)) + 3 * weights / 500e6
+    working = models + activations + logits
+    on_device = 0 if device == "cpu" else working
+    host = IMPORT_BYTES + drawn + (working if device == "cpu" else 4 * student.parameters)
+    return Needs(weights + 32 * student.parameters, host, on_device, seconds)
+
+
+def _rate(arithmetic: Arithmetic, device: torch.device) -> float:
+    """Operations a second of a product in this arithmetic, timed for about a tenth of a second."""
+    size = 512
+    left = torch.ones(size, size, device=device, dtype=getattr(torch, arithmetic))
+    product: Callable[[], float] = lambda: float(torch.mm(left, left)[0, 0])  # noqa: E731 - used three times
+    product()
+    started = time.perf_counter()
+    rounds = 0
+    while time.perf_counter() - started < 0.1:
+        product()
+        rounds += 1
+    return rounds * 2 * size**3 / (time.perf_counter() - started)

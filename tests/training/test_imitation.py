@@ -1,0 +1,118 @@
+"""The chunked loss and its gradients against a plain, dense computation in double precision."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, kl_div
+
+from compress.training.head import halves
+from compress.training.imitation import Distributions
+from compress.training.precision import Arithmetic
+from tests import models_zoo
+
+T, SHARE = 2.0, 0.25
+
+
+def objective(
+    student: Any, teacher: Any, *, chunk: int = 7, arithmetic: Arithmetic = "float32", **options: float
+) -> Distributions:
+    probe = models_zoo.tokens(1, 8)
+    numbers = {"temperature": T, "share": SHARE, **options}
+    parts = halves(student, probe), halves(teacher.requires_grad_(False), probe)
+    return Distributions(*parts, chunk=chunk, arithmetic=arithmetic, **numbers)  # type: ignore[arg-type]
+
+
+def dense(student: Any, teacher: Any, windows: torch.Tensor) -> dict[str, float]:
+    """Full logits of both models, torch's own losses, one backward pass."""
+    logits = student(windows).logits[:, :-1].flatten(0, 1)
+    with torch.no_grad():
+        wanted = teacher(windows).logits[:, :-1].flatten(0, 1)
+    divergence = T**2 * kl_div((logits / T).log_softmax(-1), (wanted / T).softmax(-1), reduction="batchmean")
+    entropy = cross_entropy(logits, windows[:, 1:].flatten())
+    loss = (1 - SHARE) * divergence + SHARE * entropy
+    loss.backward()
+    return {"loss": float(loss), "divergence": float(divergence), "cross_entropy": float(entropy)}
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2", "gpt2", "opt", "mixtral"])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_loss_and_gradients_are_those_of_the_dense_computation(name: str, chunk: int) -> None:
+    student, teacher = models_zoo.build(name, seed=1).double(), models_zoo.build(name, seed=2).double()
+    windows = models_zoo.tokens(3, 12)
+    expected = dense(student, teacher, windows)
+    wanted = {key: value.clone() for key, value in gradients(student).items()}
+    student.zero_grad()
+    losses = objective(student, teacher, chunk=chunk).learn(windows, 33)
+    assert losses.positions == 33
+    assert losses.means() == pytest.approx(expected, rel=1e-10)
+    found = gradients(student)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-8, atol=1e-12, msg=key)
+
+
+def test_passes_add_up_to_the_gradient_of_one() -> None:
+    student, teacher = models_zoo.build("llama", seed=1), models_zoo.build("llama", seed=2)
+    windows = models_zoo.tokens(4, 12)
+    loss = objective(student, teacher)
+    whole = loss.learn(windows, 44)
+    wanted = {key: value.clone() for key, value in gradients(student).items()}
+    student.zero_grad()
+    parts = [loss.learn(part, 44) for part in windows.split(2)]
+    assert parts[0].plus(parts[1]).means() == pytest.approx(whole.means(), rel=1e-6)
+    for key, value in wanted.items():
+        torch.testing.assert_close(gradients(student)[key], value, rtol=1e-4, atol=1e-7)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
+    student, teacher = models_zoo.build("llama"), models_zoo.build("llama")
+    losses = objective(student, teacher, share=0.0).learn(models_zoo.tokens(2, 12), 22).means()
+    assert losses["divergence"] == losses["loss"] == 0.0
+    assert all(value.eq(0).all() for value in gradients(student).values())
+
+
+def test_judging_is_of_the_plain_distributions_and_leaves_no_gradient() -> None:
+    student, teacher = models_zoo.build("llama", seed=1), models_zoo.build("llama", seed=2)
+    windows = models_zoo.tokens(3, 12)
+    found = objective(student, teacher).judge(windows).means()
+    with torch.no_grad():
+        logits, wanted = (
+            model(windows).logits[:, :-1].flatten(0, 1).double() for model in (student, teacher)
+        )
+    plain = float(kl_div(logits.log_softmax(-1), wanted.softmax(-1), reduction="batchmean"))
+    assert found["divergence"] == pytest.approx(plain, rel=1e-5)
+    assert found["loss"] == pytest.approx((1 - SHARE) * plain + SHARE * found["cross_entropy"])
+    assert gradients(student) == {}
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma2"])
+def test_bfloat16_is_near_float32(name: str) -> None:
+    student, teacher = models_zoo.build(name, seed=1), models_zoo.build(name, seed=2)
+    windows = models_zoo.tokens(3, 12)
+    exact = objective(student, teacher).learn(windows, 33).means()
+    wanted = torch.cat([value.flatten() for value in gradients(student).values()])
+    student.zero_grad()
+    coarse = objective(student, teacher.bfloat16(), arithmetic="bfloat16").learn(windows, 33).means()
+    found = torch.cat([value.flatten() for value in gradients(student).values()])
+    assert found.dtype == torch.float32
+    assert coarse == pytest.approx(exact, rel=0.05)
+    assert torch.linalg.vector_norm(found - wanted) < 0.1 * torch.linalg.vector_norm(wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_no_head_sees_more_positions_than_a_chunk(name: str) -> None:
+    student, teacher = models_zoo.build(name, seed=1), models_zoo.build(name, seed=2)
+    loss = objective(student, teacher, chunk=5)
+    sizes: list[int] = []
+    for model in (student, teacher):
+        head = model.get_output_embeddings()
+        head.register_forward_hook(lambda module, given, logits: sizes.append(logits[..., 0].numel()))
+    loss.learn(models_zoo.tokens(3, 12), 33)
+    loss.judge(models_zoo.tokens(3, 12))
+    assert len(sizes) >= 2 * 2 * 7
+    assert max(sizes) == 5
