@@ -153,17 +153,22 @@ def baseline(arm: ArmResult, arms: Sequence[ArmResult]) -> ArmResult:
     return (same or running or references)[0]
 
 
-def chosen(specification: str | None, role: str, arms: Sequence[ArmResult]) -> list[ArmResult]:
+def chosen(
+    specification: str | None, role: str, arms: Sequence[ArmResult], runtime: str | None = None
+) -> list[ArmResult]:
     """The arms that a gate's word means: a name with ``@runtime``, a model on the first runtime, or a role.
+
+    Args:
+        runtime: that is meant where none is named; the first one without it.
 
     Raises:
         UsageError: no arm has this name.
     """
-    first = arms[0].runtime
+    first = runtime or arms[0].runtime
     if specification is None:
         return [arm for arm in arms if arm.role == role and arm.runtime == first]
-    wanted, _, runtime = specification.partition("@")
-    found = [arm for arm in arms if wanted in (arm.model, arm.role) and arm.runtime == (runtime or first)]
+    wanted, _, named = specification.partition("@")
+    found = [arm for arm in arms if wanted in (arm.model, arm.role) and arm.runtime == (named or first)]
     if not found:
         raise UsageError(
             f"gate: no arm is called '{specification}'",
@@ -182,3 +187,6 @@ def check_arms(gates: Sequence[Gate], arms: Sequence[Arm]) -> None:
     for gate in gates:
         chosen(gate.arms.after, "after", results)
         chosen(gate.arms.before, "before", results)
+        if gate.arms.damaged is not None:
+            for arm in chosen(gate.arms.after, "after", results):
+                chosen(gate.arms.damaged, "after", results, runtime=arm.runtime)

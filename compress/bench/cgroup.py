@@ -49,6 +49,21 @@ def enter(name: str) -> Path | str:
     return folder
 
 
+def obstacle() -> str | None:
+    """Why a process here could make no memory cgroup, or nothing; nothing is left behind."""
+    parent = _here()
+    if parent is None:
+        return "this system has no memory cgroups"
+    folder = parent / f"compress-try-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        return f"no memory cgroup may be made: {error.strerror or error}"
+    accounted = any((folder / file).is_file() for file in _PEAKS)
+    leave(folder)
+    return None if accounted else "memory is not accounted for in cgroups here"
+
+
 def leave(folder: Path) -> None:
     """Remove the cgroup of a process that has ended; one that is still used stays."""
     try:

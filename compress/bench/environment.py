@@ -34,7 +34,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
     environment: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "cache_bytes": host.cache_bytes(),
         "memory_bytes": psutil.virtual_memory().total,
@@ -66,7 +66,8 @@ def holds_context(index: int = 0) -> bool:
     )
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What the processor calls itself."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -85,8 +85,12 @@ def _judged(
         reason = "is not there" if reference is None else f"is n/a: {reference.reason}"
         untrusted = reference is not None and reference.invalid
         return gate.invalid(f"BEFORE {reason}", before.name, after.name, baseline=untrusted)
+    damaged = None
+    if gate.arms.damaged is not None:
+        lost = chosen(gate.arms.damaged, "after", arms, runtime=after.runtime)[0]
+        damaged = lost.measurements.get(gate.metric)
     try:
-        found = _effect(gate, value, reference, options)
+        found = _effect(gate, value, reference, options, damaged)
     except Incomparable as error:
         return gate.invalid(str(error), before.name, after.name)
     noise = _noise(gate, before, arms, options)
@@ -95,7 +99,13 @@ def _judged(
     return gate.judge(found, value.better, before=before.name, after=after.name)
 
 
-def _effect(gate: Gate, value: Measurement, reference: Measurement | None, options: Bench) -> Effect:
+def _effect(
+    gate: Gate,
+    value: Measurement,
+    reference: Measurement | None,
+    options: Bench,
+    damaged: Measurement | None = None,
+) -> Effect:
     """The interval that a gate judges, wide enough for all the looks that it may get.
 
     There is one look at what further ones would find the same. Of several, each errs with the share of the
@@ -104,11 +114,17 @@ def _effect(gate: Gate, value: Measurement, reference: Measurement | None, optio
     """
     again = options.budget > 0 and value.summary != "exact" and not value.complete
     looks = options.looks if again else 1
-    return _found(value, reference, gate.wants, 1 - (1 - gate.confidence) / looks, options)
+    confidence = 1 - (1 - gate.confidence) / looks
+    return _found(value, reference, gate.wants, confidence, options, damaged)
 
 
 def _found(
-    value: Measurement, reference: Measurement | None, kind: EffectKind, confidence: float, options: Bench
+    value: Measurement,
+    reference: Measurement | None,
+    kind: EffectKind,
+    confidence: float,
+    options: Bench,
+    damaged: Measurement | None = None,
 ) -> Effect:
     """An effect from the launches that can be trusted in both arms, so that they still pair.
 
@@ -116,6 +132,8 @@ def _found(
         Incomparable: too few of them are left, or see `effect`.
     """
     arms = {"AFTER": value} if reference is None or kind == "value" else {"BEFORE": reference, "AFTER": value}
+    if damaged is not None:
+        arms["the damaged arm"] = damaged
     doubts = {
         launch: f"{name}: {why}" for name, arm in arms.items() for launch, why in sorted(arm.distrust.items())
     }
@@ -127,8 +145,15 @@ def _found(
             raise Incomparable(f"{left}, an interval needs {LAUNCHES}: {reasons}")
         value = value.without(doubts)
         reference = None if reference is None else reference.without(doubts)
+        damaged = None if damaged is None else damaged.without(doubts)
     found = effect(
-        value, reference, kind, confidence=confidence, resamples=options.resamples, seed=options.seed
+        value,
+        reference,
+        kind,
+        damaged=damaged,
+        confidence=confidence,
+        resamples=options.resamples,
+        seed=options.seed,
     )
     if not doubts:
         return found

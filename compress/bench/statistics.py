@@ -32,6 +32,8 @@ ALIKE: Final = 8
 """Where at least so many clusters are alike on average, how many of each kind are drawn, and not each."""
 FEW_CHANGES: Final = 10
 """Below this many changed answers, their share has an exact interval and no bootstrap."""
+_EXPONENTIAL: Final = ("exponential-mean", "geometric-mean")
+"""Summaries that average logarithms."""
 POWER: Final = 0.8
 """How often an experiment shall find the smallest detectable change."""
 
@@ -55,11 +57,14 @@ def effect(
     before: Measurement | None,
     kind: EffectKind,
     *,
+    damaged: Measurement | None = None,
     confidence: float = 0.95,
     resamples: int = 2_000,
     seed: int = 0,
 ) -> Effect:
     """How an arm stands, by itself (``value``) or against its reference, with one-sided bounds.
+
+    A ``recovery`` is (damaged - after) / (damaged - before), of logarithms where they are what is averaged.
 
     Raises:
         Incomparable: a value is missing, or the two were not measured on the same things.
@@ -76,15 +81,22 @@ def effect(
         if kind == "ratio" and before.value == 0:
             raise Incomparable("BEFORE is 0, so nothing can be a share of it")
         arms = [before, after]
+    if kind == "recovery":
+        if damaged is None or damaged.value is None:
+            raise Incomparable(
+                "there is no damaged arm" if damaged is None else f"it is n/a: {damaged.reason}"
+            )
+        _check_pair(damaged, after)
+        arms = [arms[0], damaged, after]
     values = [arm.value for arm in arms if arm.value is not None]
-    point = values[-1] if kind == "value" else _combined(kind, values[0], values[1])
+    point = _combined(kind, after.summary, values)
     if all(arm.summary == "exact" for arm in arms):
         return Effect(kind=kind, point=point, low=point, high=point, confidence=confidence, method="exact")
     if any(not arm.samples for arm in arms):
         raise Incomparable("one of the two has no samples")
     found = (
         _exact_change(arms, kind, confidence)
-        if kind != "value" and _few_changes(arms)
+        if kind in ("difference", "ratio") and _few_changes(arms)
         else _bounds(arms, kind, confidence, resamples, seed)
     )
     return Effect(kind=kind, point=point, confidence=confidence, **asdict(found))
@@ -180,8 +192,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _combined(kind: EffectKind, before: float, after: float) -> float:
-    return after / before if kind == "ratio" else after - before
+def _combined(kind: EffectKind, summary: Summary, values: Sequence[float]) -> float:
+    """An effect from the values of its arms, AFTER last."""
+    if kind == "value":
+        return values[-1]
+    if kind == "recovery":
+        levels = [math.log(value) for value in values] if summary in _EXPONENTIAL else values
+        if levels[1] == levels[0]:
+            raise Incomparable("nothing was lost, so nothing can be regained")
+        return (levels[1] - levels[2]) / (levels[1] - levels[0])
+    return values[1] / values[0] if kind == "ratio" else values[1] - values[0]
 
 
 def _cluster_sums(measurement: Measurement) -> _Sums:
@@ -217,7 +237,7 @@ def _statistic(summary: Summary, kind: EffectKind) -> Callable[..., Array]:
 
     Its arguments are weight and total of each arm in turn, clusters along the last axis.
     """
-    exponential = summary in ("exponential-mean", "geometric-mean")
+    exponential = summary in _EXPONENTIAL
 
     def means(columns: Sequence[Array], axis: int) -> list[Array]:
         return [
@@ -229,6 +249,8 @@ def _statistic(summary: Summary, kind: EffectKind) -> Callable[..., Array]:
         found = means(columns, axis)
         if summary == "root-mean":
             found = [np.sqrt(mean) for mean in found]
+        if kind == "recovery":
+            return np.asarray((found[1] - found[2]) / (found[1] - found[0]))
         if kind == "ratio":
             return found[1] - found[0] if exponential else np.asarray(np.log(found[1] / found[0]))
         levels = [np.asarray(np.exp(mean)) if exponential else mean for mean in found]

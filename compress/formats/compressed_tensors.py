@@ -14,7 +14,7 @@ from typing import Any, final
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
-from compress.core.errors import ModelError
+from compress.core.errors import CompressError, ModelError
 from compress.core.scheme import Scheme
 from compress.formats.weight_format import Held, WeightFormat
 from compress.numerics.affine import Quantized
@@ -157,3 +157,54 @@ def read_quantized(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> Quant
     except KeyError as error:
         raise ModelError(f"a packed matrix lacks {error}", "make the artifact again") from error
     return Quantized(q=q.contiguous(), scale=scale, zero=zero, scheme=scheme)
+
+
+class UnknownStorage(CompressError):
+    """A matrix is stored in a way that is not integers with scales."""
+
+    exit_code = ModelError.exit_code
+
+
+def read_matrix(tensors: Mapping[str, torch.Tensor], stem: str) -> Quantized:
+    """One matrix from all its tensors on disk, by their local names; its scheme is told by the tensors.
+
+    The number of bits is that which makes the packed width out of the width; the group is the width by
+    the number of scales; a zero point makes it asymmetric.
+
+    Args:
+        tensors: ``weight_packed`` or an integer ``weight``, ``weight_scale``, and what belongs to them.
+        stem: name of the matrix, for messages.
+
+    Raises:
+        ModelError: the tensors contradict each other.
+        UnknownStorage: the matrix is stored in a way that is not integers with scales.
+    """
+    if "weight_g_idx" in tensors:
+        raise UnknownStorage(f"'{stem}' is stored with an activation order")
+    scale = tensors["weight_scale"]
+    scale = scale.reshape(-1, 1) if scale.dim() < 2 else scale
+    tensors = {**tensors, "weight_scale": scale}
+    if "weight_packed" in tensors and "weight_shape" in tensors:
+        rows, columns = (int(size) for size in tensors["weight_shape"])
+        words = tensors["weight_packed"].shape[-1]
+        bits = next((b for b in range(1, 9) if -(-columns * b // 32) == words), 0)
+        if not bits or tensors["weight_packed"].shape[0] != rows:
+            raise ModelError(
+                f"'{stem}': {words} packed words do not make {columns} columns", "make the artifact again"
+            )
+        symmetric = "weight_zero_point" not in tensors
+        return read_quantized(tensors, _told(bits, columns, scale, symmetric=symmetric))
+    weight = tensors.get("weight")
+    if weight is None or weight.dtype != torch.int8 or scale.shape[0] != weight.shape[0]:
+        stored = "nothing known" if weight is None else f"{weight.dtype} and scales {list(scale.shape)}"
+        raise UnknownStorage(f"'{stem}' is stored as {stored}")
+    zero = tensors.get("weight_zero_point")
+    scheme = _told(8, weight.shape[1], scale, symmetric=zero is None)
+    return Quantized(
+        weight, scale, None if zero is None else zero.reshape(scale.shape).to(torch.int8), scheme
+    )
+
+
+def _told(bits: int, columns: int, scale: torch.Tensor, *, symmetric: bool) -> Scheme:
+    groups = scale.shape[1]
+    return Scheme(bits, None if groups == 1 else columns // groups, symmetric)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from compress.core.errors import CompressError, PlanError, UsageError, did_you_mean
 from compress.core.run import Device
@@ -54,11 +54,14 @@ class Generation:
             the one before, as in serving.
         cache: what the runtime keeps between steps.
         length: tokens in the context of each sequence, without the newest.
+        logits: by which the newest tokens were chosen, ``[batch, vocabulary]`` in the runtime's own dtype;
+            whoever wants another choice replaces `tokens`. Nothing is computed for them.
     """
 
     tokens: "Tensor"
     cache: Any
     length: int
+    logits: "Tensor | None" = None
 
 
 class Session(ABC):
@@ -99,6 +102,25 @@ class Runtime(ABC):
     """What it is, in a few words for a person."""
 
     @abstractmethod
+    def prepared(
+        self, artifact: "Artifact", task: "Task", folder: Path, *, trust_remote_code: bool = False
+    ) -> Path:
+        """Bring an artifact into the form that this runtime loads, once, before anything is timed.
+
+        Args:
+            artifact: of any form.
+            task: what it does.
+            folder: where to write, if anything has to be written; made where it is not there.
+            trust_remote_code: whether code inside the model folder may run.
+
+        Returns:
+            The folder to load: the artifact's own where nothing is needed.
+
+        Raises:
+            Unavailable: the artifact cannot be brought into this form here.
+        """
+
+    @abstractmethod
     def load(self, artifact: "Artifact", task: "Task", placement: Placement) -> Session:
         """Bring an artifact into memory.
 
@@ -108,13 +130,17 @@ class Runtime(ABC):
         """
 
 
+_NO_RUNTIMES: Final = ("generation",)
+"""Files of this room that are for others to use and hold no runtime."""
+
+
 @cache
 def _modules() -> dict[str, str]:
     folder = Path(__file__).resolve().parent
     return {
         file.stem.replace("_", "-"): f"{__name__}.{file.stem}"
         for file in sorted(folder.glob("*.py"))
-        if not file.stem.startswith("_")
+        if not file.stem.startswith("_") and file.stem not in _NO_RUNTIMES
     }
 
 

@@ -78,7 +78,11 @@ class TorchSession(Session):
         cache = result.past_key_values
         if cache is None:
             raise ModelError("the model returns no cache, so it cannot decode token by token")
-        return Generation(result.logits[:, -1].argmax(-1), cache, tokens.shape[1])
+        logits = result.logits[:, -1]
+        if result.logits.shape[1] > 1:
+            # A view would keep the logits of the whole prompt.
+            logits = logits.clone()
+        return Generation(logits.argmax(-1), cache, tokens.shape[1], logits)
 
     @_without_gradients
     def decode(self, state: Generation) -> Generation:
@@ -92,7 +96,8 @@ class TorchSession(Session):
 
     def _step(self, state: Generation) -> Generation:
         result = self._model(input_ids=state.tokens[:, None], past_key_values=state.cache, use_cache=True)
-        return Generation(result.logits[:, -1].argmax(-1), result.past_key_values, state.length + 1)
+        logits = result.logits[:, -1]
+        return Generation(logits.argmax(-1), result.past_key_values, state.length + 1, logits)
 
     def synchronize(self) -> None:
         """See `Session.synchronize`."""

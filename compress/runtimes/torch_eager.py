@@ -7,6 +7,7 @@ faster nor smaller in memory than the float model. Its accuracy is the one that 
 import json
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -32,35 +33,53 @@ class TorchEager(Runtime):
     name = "torch-eager"
     title = "stock transformers, eager"
 
+    def prepared(
+        self, artifact: Artifact, task: Task, folder: Path, *, trust_remote_code: bool = False
+    ) -> Path:
+        """See `Runtime.prepared`: it loads what is there."""
+        return artifact.path
+
     def load(self, artifact: Artifact, task: Task, placement: Placement) -> Session:
         """See `Runtime.load`."""
-        if Fact.TRANSFORMERS not in artifact.facts:
-            raise Unavailable(f"{artifact.path.name} is no transformers model")
-        device = chosen_device(placement.device)
-        stored = loaded_dtype(artifact)
-        dtype = stored if placement.dtype == "auto" else getattr(torch, placement.dtype)
-        quantization = artifact.config.get("quantization_config")
-        facts: dict[str, Any] = {}
-        arguments: dict[str, Any] = {"dtype": dtype}
-        mixed = False
-        if quantization is not None:
-            method = quantization.get("quant_method")
-            if method != "compressed-tensors":
-                raise Unavailable(f"torch-eager does not run '{method}' models")
-            facts["runs"] = "dense, dequantized while loading"
-            mixed = len(_schemes(quantization)) > 1
-            if mixed:
-                # transformers' own dequantization takes one scheme for all layers; the compressed layout
-                # knows each layer's, and is decompressed below.
-                arguments["dtype"] = stored
-            else:
-                arguments["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-        model = _from_pretrained(artifact, task, arguments, trust_remote_code=placement.trust_remote_code)
+        model, facts = load_model(artifact, task, placement)
+        return TorchSession(model, task, facts)
+
+
+def load_model(artifact: Artifact, task: Task, placement: Placement) -> tuple[Any, dict[str, Any]]:
+    """The model in evaluation mode on its device, dense also where it is stored compressed; and what of it
+    is worth a record.
+
+    Raises:
+        Unavailable: stock transformers cannot run this artifact here, and why.
+        ModelError: the artifact is damaged.
+    """
+    if Fact.TRANSFORMERS not in artifact.facts:
+        raise Unavailable(f"{artifact.path.name} is no transformers model")
+    device = chosen_device(placement.device)
+    stored = loaded_dtype(artifact)
+    dtype = stored if placement.dtype == "auto" else getattr(torch, placement.dtype)
+    quantization = artifact.config.get("quantization_config")
+    facts: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"dtype": dtype}
+    mixed = False
+    if quantization is not None:
+        method = quantization.get("quant_method")
+        if method != "compressed-tensors":
+            raise Unavailable(f"torch-eager does not run '{method}' models")
+        facts["runs"] = "dense, dequantized while loading"
+        mixed = len(_schemes(quantization)) > 1
         if mixed:
-            compressor: ModelCompressor = model.hf_quantizer.compressor
-            with quiet():
-                compressor.decompress_model(model)
-        return TorchSession(model.to(device=device, dtype=dtype).eval(), task, facts)
+            # transformers' own dequantization takes one scheme for all layers; the compressed layout
+            # knows each layer's, and is decompressed below.
+            arguments["dtype"] = stored
+        else:
+            arguments["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    model = _from_pretrained(artifact, task, arguments, trust_remote_code=placement.trust_remote_code)
+    if mixed:
+        compressor: ModelCompressor = model.hf_quantizer.compressor
+        with quiet():
+            compressor.decompress_model(model)
+    return model.to(device=device, dtype=dtype).eval(), facts
 
 
 def _schemes(quantization: Mapping[str, Any]) -> set[str]:

@@ -184,6 +184,28 @@ def test_launches_and_their_iterations_are_resampled_in_two_stages() -> None:
     assert math.log(found.low) == pytest.approx(means.mean() - 1.645 * error, abs=0.1 * error)
 
 
+def test_a_recovery_is_the_share_of_the_lost_nats_that_came_back() -> None:
+    generator = np.random.default_rng(8)
+    base = generator.normal(2.0, 0.3, 60)
+    lost = base + generator.normal(1.0, 0.1, 60)
+    won = lost - 0.7 + generator.normal(0, 0.1, 60)
+    before, damaged, after = (sampled(nats, "exponential-mean") for nats in (base, lost, won))
+    found = effect(after, before, "recovery", damaged=damaged)
+    share = (lost.mean() - won.mean()) / (lost.mean() - base.mean())
+    assert found.point == pytest.approx(share)
+    drawn = generator.integers(60, size=(20_000, 60))
+    means = [nats[drawn].mean(1) for nats in (base, lost, won)]
+    low, high = np.quantile((means[1] - means[2]) / (means[1] - means[0]), [0.05, 0.95])
+    assert found.low == pytest.approx(low, abs=0.01)
+    assert found.high == pytest.approx(high, abs=0.01)
+    assert effect(before, before, "recovery", damaged=damaged).point == 1.0
+    assert effect(damaged, before, "recovery", damaged=damaged).point == 0.0
+    with pytest.raises(Incomparable, match="nothing was lost"):
+        effect(after, before, "recovery", damaged=before)
+    with pytest.raises(Incomparable, match="no damaged arm"):
+        effect(after, before, "recovery")
+
+
 def test_samples_of_one_turn_are_drawn_together() -> None:
     """What slows both arms down at one moment is no difference between them, however large it is."""
     generator = np.random.default_rng(7)

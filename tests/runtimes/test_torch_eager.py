@@ -20,7 +20,7 @@ def session(folder: Path, dtype: str = "float32", task: str = "auto") -> Session
 
 
 def test_names_are_those_of_the_files() -> None:
-    assert names() == ["torch-eager", "torch-int4"]
+    assert names() == ["onnxruntime", "torch-eager", "torch-int4"]
     with pytest.raises(UsageError, match="did you mean 'torch-eager'"):
         find("torch-eeger")
 
