@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from compress import runtimes
 from compress.bench import worker
+from compress.core.facts import Fact
 from compress.core.measurement import Measurement
 from compress.runtimes import Generation, Placement, Runtime, Session
 
@@ -76,6 +77,7 @@ class DelayingRuntime(Runtime):
 
     name = "delaying"
     title = "a runtime with a planted delay"
+    loads = Fact.TRANSFORMERS
 
     def __init__(self, runtime: Runtime, share: float) -> None:
         self._runtime = runtime

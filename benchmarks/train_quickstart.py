@@ -58,10 +58,11 @@ class Settings:
     length: int = 128
     last_length: int = 512  # the model's positions, so that the far ones are trained as well
     last_share: float = 0.15
-    periodic_steps: int = 300  # whose rows say their beginning again and again
-    warmup: int = 30
+    periodic_steps: int = 400  # all of whose rows say their beginning again and again
+    half_periodic_steps: int = 1_200  # after them, every other row of which does
+    warmup: int = 50
     decay_share: float = 0.6
-    rate: float = 0.003
+    rate: float = 0.002
     clip: float = 1.0  # largest norm of the whole gradient
     weight_decay: float = 0.05
     weight_of_rest: float = 0.1  # of tokens that are no answer, in the loss
@@ -69,14 +70,20 @@ class Settings:
     hidden: int = 256
     wide: int = 768
     layers: int = 3
-    heads: int = 4
-    key_value_heads: int = 2
+    heads: int = 8
+    key_value_heads: int = 4
     tokenizer_documents: int = 16_384
     seed: int = 0
 
     def length_at(self, step: int) -> int:
         """Tokens of a row."""
         return self.last_length if step >= self.steps * (1 - self.last_share) else self.length
+
+    def periodic_stride(self, step: int) -> int:
+        """Each how many rows one repeats itself; 0 where none does."""
+        if step < self.periodic_steps:
+            return 1
+        return 2 if step < self.periodic_steps + self.half_periodic_steps else 0
 
     def rate_at(self, step: int) -> float:
         """The share of the full learning rate: warm-up, plateau, straight line to zero."""
@@ -353,8 +360,9 @@ def train(work: Work, *, save_seconds: float, log_steps: int = 10, validation_st
     first, losses, answered = done, [], []
     for step, batch in enumerate(batches(settings, tokenizer, done), start=done):
         foreseen = answers.of(batch)
-        if step < settings.periodic_steps:
-            batch, foreseen = periodic(batch, step)
+        stride = settings.periodic_stride(step)
+        if stride:
+            batch[::stride], foreseen[::stride] = periodic(batch[::stride], step)
         nats, wanted = nats_of(model, batch), foreseen[:, 1:]
         weights = torch.where(wanted, 1.0, settings.weight_of_rest)
         ((nats * weights).sum() / weights.sum()).backward()

@@ -11,6 +11,7 @@ from compress.core.artifact import Artifact
 from compress.core.errors import UsageError, did_you_mean
 from compress.core.gate import Gate
 from compress.core.measurement import Measurement
+from compress.runtimes import find as find_runtime
 
 AGAIN: Final = "before-again"
 """The model's name in the arms that are BEFORE launched a second time."""
@@ -24,6 +25,7 @@ class Arm:
         model: ``before``, ``after``, or the folder's name where there are several.
         reference: the BEFORE on the same runtime; none for a BEFORE.
         unavailable: why the runtime cannot run the model; nothing more is then tried.
+        prepared: the folder that the runtime loads, where it is not the artifact's own.
     """
 
     model: str
@@ -34,6 +36,7 @@ class Arm:
     metrics: tuple[str, ...]
     reference: "Arm | None" = None
     unavailable: str | None = None
+    prepared: Path | None = None
     measurements: dict[str, Measurement] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
@@ -44,6 +47,12 @@ class Arm:
     def name(self) -> str:
         """As gates spell it."""
         return f"{self.model}@{self.runtime}"
+
+    @property
+    def loaded(self) -> Path:
+        """The folder that the runtime loads."""
+        model = self.reference if self.role == "again" and self.reference is not None else self
+        return model.prepared or self.artifact.path
 
     @property
     def peak_bytes(self) -> float | None:
@@ -103,7 +112,10 @@ def arms_of(
     *,
     noise_floor: bool = False,
 ) -> list[Arm]:
-    """Every model on every runtime, BEFORE first, and which metrics are taken of each.
+    """BEFORE on every runtime, first, then every AFTER; and which metrics are taken of each.
+
+    An AFTER runs on the runtimes that load it as it is; where none of these does, on all of them. So where
+    an AFTER is a graph, BEFORE runs as a graph too, and the two are compared.
 
     Args:
         noise_floor: add BEFORE on every runtime once more, to be timed alone.
@@ -118,7 +130,7 @@ def arms_of(
         digest = digests[artifact.path]
         arms += [
             Arm(name, "after", runtime, artifact, digest, metrics, references[runtime])
-            for runtime in runtimes
+            for runtime in _running(artifact, runtimes)
         ]
     if noise_floor:
         timed = tuple(name for name in metrics if find(name).stage is Stage.TIMING)
@@ -127,6 +139,11 @@ def arms_of(
             for runtime, reference in references.items()
         ]
     return arms
+
+
+def _running(artifact: Artifact, runtimes: Sequence[str]) -> Sequence[str]:
+    """The runtimes that an AFTER is run on."""
+    return [name for name in runtimes if find_runtime(name).loads in artifact.facts] or runtimes
 
 
 def model_names(paths: Sequence[Path]) -> list[str]:

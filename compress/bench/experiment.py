@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, final
 
 from compress import runtimes as runtime_room
-from compress.bench import host, isolate, log_probabilities
+from compress.bench import host, isolate, log_probabilities, together
 from compress.bench.arms import Arm, arms_of, baseline, check_arms
 from compress.bench.environment import describe
 from compress.bench.flips import flips_of
@@ -51,13 +51,11 @@ from compress.core.artifact import Artifact
 from compress.core.bench import Bench
 from compress.core.errors import CompressError, EnvironmentFault, TargetError, UsageError
 from compress.core.events import SILENT, Reporter
+from compress.core.facts import Fact
 from compress.core.gate import Gate, Judgement, Verdict, check_metrics
 from compress.core.measurement import Measurement
 from compress.data.corpora import documents
 from compress.models.tasks import Task, resolve
-
-_MEMORY_SHARE: Final = 0.8
-"""Of the memory that is free: what arms may take that are in it together."""
 
 
 def compare(
@@ -93,6 +91,8 @@ def compare(
     A model that fails while it is measured raises nothing: its row says how it failed.
     """
     settings = Bench.of(options)
+    artifacts = [Artifact.open(Path(path)) for path in (before, *after)]
+    settings = _with_runtimes(settings, artifacts)
     asked = [gate if isinstance(gate, Gate) else Gate.of(gate) for gate in gates]
     if not after:
         raise UsageError("there is no AFTER to compare with BEFORE", "give at least one more model")
@@ -101,7 +101,6 @@ def compare(
     for name in settings.runtimes:
         runtime_room.find(name)
     _check_target(out)
-    artifacts = [Artifact.open(Path(path)) for path in (before, *after)]
     work = resolve(task, artifacts[0].config)
     metrics = metrics_of(work, settings)
     check_metrics(asked, quantities(metrics))
@@ -128,6 +127,14 @@ def compare(
         experiment.requests.place(materials)
         experiment.run(asked)
         return experiment.finish(asked)
+
+
+def _with_runtimes(options: Bench, artifacts: Sequence[Artifact]) -> Bench:
+    """The options, where nobody chose a runtime with one more for the graphs among the models."""
+    if "runtimes" in options.model_fields_set or all(Fact.TRANSFORMERS in a.facts for a in artifacts):
+        return options
+    loading = [name for name in runtime_room.names() if runtime_room.find(name).loads is Fact.ONNX_GRAPH]
+    return options.model_copy(update={"runtimes": (*options.runtimes, *loading)})
 
 
 def _most(task: Task, options: Bench) -> int:
@@ -193,6 +200,8 @@ class _Experiment:
         with self.reporter.progress("measuring", runs, "run") as advance:
             for arm in measured:
                 self._files(arm)
+                if runtime_room.find(arm.runtime).loads not in arm.artifact.facts:
+                    self.requests.prepare(arm)
             self._write(PROGRESS_FILE)
             for stage in (Stage.MEMORY, Stage.SCORING):
                 self._pass(stage, advance)
@@ -230,12 +239,19 @@ class _Experiment:
         return True
 
     def _pass(self, stage: Stage, advance: Callable[[int], None]) -> None:
-        """One stage of every arm, in order."""
-        for arm in self.arms:
-            if arm.role != "again":
-                self._once(arm, stage)
-                self._write(PROGRESS_FILE)
-                advance(1)
+        """One stage of every arm; as many processes at once as are sure to fit, which take turns."""
+        measured = [arm for arm in self.arms if arm.role != "again" and arm.unavailable is None]
+        advance(sum(arm.role != "again" for arm in self.arms) - len(measured))
+        for group in together.groups(measured, self.device):
+            begun = time.monotonic()
+            replies = self.requests.ask(group, stage)
+            if stage is Stage.SCORING:
+                self._seconds[stage] += time.monotonic() - begun
+            for arm, reply in zip(group, replies, strict=True):
+                if reply is not None:
+                    self._take(arm, stage, reply)
+            self._write(PROGRESS_FILE)
+            advance(len(group))
 
     def _launches(self, rounds: int, advance: Callable[[int], None]) -> None:
         """Some rounds of timed launches, the arms of each in random order."""
@@ -243,22 +259,11 @@ class _Experiment:
             self.rounds += 1
             arms = self._order_generator.sample(self.arms, len(self.arms))
             running = [arm for arm in arms if _can_run(arm)]
-            groups = [running] if running and self._fit(running) else [[arm] for arm in running]
+            groups = [running] if together.fit(running, self.device) else [[arm] for arm in running]
             for group in groups:
                 self._launch(group, self.rounds)
                 self._write(PROGRESS_FILE)
             advance(len(arms))
-
-    def _fit(self, arms: Sequence[Arm]) -> bool:
-        """Whether these arms can be in memory together, by what each was seen to take at most.
-
-        On a GPU they cannot take turns: an arm that waits is a foreign process to the one that works.
-        """
-        if self.device != "cpu":
-            return False
-        peaks = [(arm.reference or arm if arm.role == "again" else arm).peak_bytes for arm in arms]
-        known = [peak for peak in peaks if peak is not None]
-        return len(known) == len(peaks) and sum(known) <= _MEMORY_SHARE * host.free_bytes()
 
     def _undecided(self, gates: Sequence[Gate]) -> list[Metric]:
         """The metrics of which more could decide a gate."""
@@ -332,24 +337,20 @@ class _Experiment:
             except CompressError as error:
                 arm.measurements.update(find(name).missing(error.message))
 
-    def _once(self, arm: Arm, stage: Stage) -> None:
-        begun = time.monotonic()
-        (reply,) = [None] if arm.unavailable is not None else self.requests.ask([arm], stage)
-        if stage is Stage.SCORING:
-            self._seconds[stage] = self._seconds[stage] + time.monotonic() - begun
-        if reply is not None:
+    def _take(self, arm: Arm, stage: Stage, reply: Mapping[str, Any]) -> None:
+        """Keep what a process has measured."""
+        arm.measurements.update(
+            {name: Measurement.model_validate(value) for name, value in reply["measurements"].items()}
+        )
+        if stage is Stage.SCORING and not self.requests.same_tokens(arm):
+            reason = "BEFORE's tokenizer gives other tokens for the same text"
             arm.measurements.update(
-                {name: Measurement.model_validate(value) for name, value in reply["measurements"].items()}
+                {
+                    name: value.missing(reason, unit=value.unit, better=value.better)
+                    for name, value in arm.measurements.items()
+                    if name.startswith("fidelity.")
+                }
             )
-            if stage is Stage.SCORING and not self.requests.same_tokens(arm):
-                reason = "BEFORE's tokenizer gives other tokens for the same text"
-                arm.measurements.update(
-                    {
-                        name: value.missing(reason, unit=value.unit, better=value.better)
-                        for name, value in arm.measurements.items()
-                        if name.startswith("fidelity.")
-                    }
-                )
 
     def _launch(self, arms: Sequence[Arm], number: int) -> None:
         """One launch of each of these arms, taking turns."""

@@ -81,6 +81,30 @@ class Requests:
         )
         return [self._taken(arm, stage, named, reply) for arm, reply in zip(arms, replies, strict=True)]
 
+    def prepare(self, arm: Arm) -> None:
+        """Bring an arm's model into the form that its runtime loads."""
+        folder = self.folder / f"prepared-{self._number(arm)}"
+        request = {
+            "stage": Stage.PREPARING.value,
+            "artifact": str(arm.artifact.path.resolve()),
+            "runtime": arm.runtime,
+            "task": self.task.name,
+            "threads": self.threads,
+            "options": self.options.model_dump(mode="json"),
+            "folder": str(folder),
+        }
+        named = Stage.PREPARING.value
+        self.reporter.event("bench.run", arm=arm.name, stage=named)
+        (reply,) = self.runner(
+            [request], stage=named, time_limit=self.options.time_limit, threads=self.threads, order=self.order
+        )
+        found = self._taken(arm, Stage.PREPARING, named, reply)
+        if found is not None:
+            arm.prepared = Path(found["prepared"])
+        elif arm.unavailable is None:
+            reason = f"it cannot be prepared for {arm.runtime}: {arm.faults[-1].message}"
+            self._unavailable(arm, reason)
+
     def same_tokens(self, arm: Arm) -> bool:
         """Whether an arm's tokenizer gives the tokens of its reference's for the same text."""
         if arm.reference is None:
@@ -93,6 +117,7 @@ class Requests:
         gpu = None if self.gpu is None else {"uuid": self.gpu, "shared": holds_context()}
         return {
             "artifact": str(arm.artifact.path.resolve()),
+            "loaded": str(arm.loaded.resolve()),
             "runtime": arm.runtime,
             "task": self.task.name,
             "stage": stage.value,
@@ -103,10 +128,14 @@ class Requests:
             "options": self.options.model_dump(mode="json"),
             "material": str(self.materials[arm.artifact.path][0]),
             "reference": str(reference.artifact.path.resolve()) if reference else None,
+            "reference_loaded": str(reference.loaded.resolve()) if reference else None,
             "reference_runtime": reference.runtime if reference else None,
-            "cgroup": f"compress-bench-{os.getpid()}" if stage is Stage.MEMORY else None,
+            "cgroup": f"compress-bench-{os.getpid()}-{self._number(arm)}" if stage is Stage.MEMORY else None,
             "stored": (reference or arm) is self.arms[0] and stage is Stage.SCORING,
         }
+
+    def _number(self, arm: Arm) -> int:
+        return next(number for number, each in enumerate(self.arms) if each is arm)
 
     def _reference(self, arm: Arm, stage: Stage) -> Arm | None:
         """The arm whose model an AFTER is compared with while scoring."""
@@ -123,12 +152,14 @@ class Requests:
             self.reporter.message(f"{arm.name}: {named} {reply.fault.kind}: {reply.fault.message}")
             return None
         if "unavailable" in reply.document:
-            reason = str(reply.document["unavailable"])
-            arm.unavailable = reason
-            arm.facts["unavailable"] = reason
-            for other in (Stage.TIMING, Stage.MEMORY, Stage.SCORING):
-                arm.set_missing(other, reason)
-            self.reporter.message(f"{arm.name}: n/a, {reason}")
+            self._unavailable(arm, str(reply.document["unavailable"]))
             return None
         arm.facts.update(reply.document["facts"] if stage is Stage.MEMORY else {})
         return reply.document
+
+    def _unavailable(self, arm: Arm, reason: str) -> None:
+        arm.unavailable = reason
+        arm.facts["unavailable"] = reason
+        for stage in (Stage.TIMING, Stage.MEMORY, Stage.SCORING):
+            arm.set_missing(stage, reason)
+        self.reporter.message(f"{arm.name}: n/a, {reason}")

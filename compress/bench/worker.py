@@ -67,18 +67,21 @@ def answer(request: Mapping[str, Any], take_turn: Callable[[], None] = _none) ->
     """Measure what a request asks for.
 
     Args:
-        request: ``artifact``, ``runtime``, ``task``, ``stage``, ``metrics``, ``device``, ``threads``,
-            ``options``, ``material`` (path), for a comparison ``reference`` (path) and
-            ``reference_runtime``, and ``stored``: whether the options' file of log-probabilities is of the
-            reference, or without one of the artifact itself. Of a process of its own also ``charged``, the
-            folder of its cgroup, or ``uncharged``, why it has none. On a GPU ``gpu``: its ``uuid``, and
-            ``shared``, whether the process that asks holds a context there.
+        request: ``artifact``, ``loaded`` (the folder to load, if another), ``runtime``, ``task``,
+            ``stage``, ``metrics``, ``device``, ``threads``, ``options``, ``material`` (path), for a
+            comparison ``reference`` and ``reference_loaded`` (paths) and ``reference_runtime``, and
+            ``stored``: whether the options' file of log-probabilities is of the reference, or without one of
+            the artifact itself. Of a process of its own also ``charged``, the folder of its cgroup, or
+            ``uncharged``, why it has none. On a GPU ``gpu``: its ``uuid``, and ``shared``, whether the
+            process that asks holds a context there. At the stage ``preparing`` nothing is measured, and
+            ``folder`` says where to write.
         take_turn: returns when no other process of the experiment works. It is called before the model is
             loaded, and from then on before each sample.
 
     Returns:
-        ``measurements`` and ``facts``, and of a timed launch ``launch``: what was watched around it, and
-        why it cannot be trusted; or ``unavailable``, a reason; or ``error`` with kind and message.
+        ``prepared``, the folder to load; or ``measurements`` and ``facts``, and of a timed launch
+        ``launch``: what was watched around it, and why it cannot be trusted; or ``unavailable``, a reason;
+        or ``error`` with kind and message.
     """
     import torch
 
@@ -86,6 +89,8 @@ def answer(request: Mapping[str, Any], take_turn: Callable[[], None] = _none) ->
 
     torch.set_num_threads(int(request["threads"]))
     try:
+        if request["stage"] == "preparing":
+            return _prepared(request)
         return _measured(request, take_turn)
     except Unavailable as error:
         return {"unavailable": error.message}
@@ -101,6 +106,22 @@ def answer(request: Mapping[str, Any], take_turn: Callable[[], None] = _none) ->
         return {"error": {"kind": kind, "message": f"{type(error).__name__}: {error}"}}
     except Exception as error:  # noqa: BLE001 - a candidate may fail in any way; the report says which
         return {"error": {"kind": type(error).__name__, "message": f"{type(error).__name__}: {error}"}}
+
+
+def _prepared(request: Mapping[str, Any]) -> dict[str, Any]:
+    from compress.core.artifact import Artifact
+    from compress.core.bench import Bench
+    from compress.models.tasks import resolve
+    from compress.runtimes import find as find_runtime
+
+    artifact = Artifact.open(Path(request["artifact"]))
+    found = find_runtime(request["runtime"]).prepared(
+        artifact,
+        resolve(request["task"], artifact.config),
+        Path(request["folder"]),
+        trust_remote_code=Bench.of(request["options"]).trust_remote_code,
+    )
+    return {"prepared": str(found)}
 
 
 def _measured(request: Mapping[str, Any], take_turn: Callable[[], None]) -> dict[str, Any]:
@@ -137,7 +158,7 @@ def _measured(request: Mapping[str, Any], take_turn: Callable[[], None]) -> dict
     baseline = host_memory()
     watch = Watch(options.steal_limit, gpu, tenants) if timed else None
     start = time.perf_counter()
-    session = runtime.load(artifact, task, placement)
+    session = runtime.load(Artifact.open(Path(request.get("loaded", request["artifact"]))), task, placement)
     session.synchronize()
     seconds = time.perf_counter() - start
     reference, stored, recorder = None, None, None
@@ -147,7 +168,8 @@ def _measured(request: Mapping[str, Any], take_turn: Callable[[], None]) -> dict
         if request.get("stored"):
             stored = log_probabilities.stored(before, named, material, options)
         if stored is None:
-            reference = find_runtime(named).load(before, task, placement)
+            loaded = Artifact.open(Path(request.get("reference_loaded", request["reference"])))
+            reference = find_runtime(named).load(loaded, task, placement)
     elif request.get("stored"):
         recorder = log_probabilities.recorder(artifact, request["runtime"], material, options)
     clock = clock_of(session)

@@ -29,7 +29,17 @@ _SINGULAR = ("as", "is", "ss", "us")
 """Ends of words that are no plurals."""
 _UNIONS = (Union, types.UnionType)
 
-_SECTIONS = ("Arguments", "Recipe", "Method", "Run", "Calibration", "Training", "Experiment", "Output")
+_SECTIONS = (
+    "Arguments",
+    "Recipe",
+    "Method",
+    "Run",
+    "Calibration",
+    "Training",
+    "Experiment",
+    "Generation",
+    "Output",
+)
 """Headings of a help page, in their order."""
 
 

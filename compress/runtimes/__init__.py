@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from compress.core.errors import CompressError, PlanError, UsageError, did_you_mean
+from compress.core.facts import Fact
 from compress.core.run import Device
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class Runtime(ABC):
     """The spelling in recipes; the file's name with hyphens."""
     title: ClassVar[str]
     """What it is, in a few words for a person."""
+    loads: ClassVar[Fact]
+    """The form of artifact that it loads as it is; others are `prepared`."""
 
     @abstractmethod
     def prepared(

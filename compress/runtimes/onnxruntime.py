@@ -24,6 +24,7 @@ class OnnxRuntime(Runtime):
 
     name = "onnxruntime"
     title = "ONNX Runtime, inputs and outputs bound in place"
+    loads = Fact.ONNX_GRAPH
 
     def prepared(
         self, artifact: Artifact, task: Task, folder: Path, *, trust_remote_code: bool = False

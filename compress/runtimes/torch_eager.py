@@ -32,6 +32,7 @@ class TorchEager(Runtime):
 
     name = "torch-eager"
     title = "stock transformers, eager"
+    loads = Fact.TRANSFORMERS
 
     def prepared(
         self, artifact: Artifact, task: Task, folder: Path, *, trust_remote_code: bool = False

@@ -14,6 +14,7 @@ from torch import nn
 
 from compress.core.artifact import Artifact
 from compress.core.errors import ModelError
+from compress.core.facts import Fact
 from compress.core.scheme import Scheme
 from compress.formats.compressed_tensors import UnknownStorage, read_matrix
 from compress.models.checkpoint import Checkpoint
@@ -32,6 +33,7 @@ class TorchInt4(Runtime):
 
     name = "torch-int4"
     title = "torch's packed int4 and int8 kernels"
+    loads = Fact.TRANSFORMERS
 
     def prepared(
         self, artifact: Artifact, task: Task, folder: Path, *, trust_remote_code: bool = False

@@ -22,6 +22,7 @@ TINY = trainer.Settings(
     last_length=128,
     last_share=0.25,
     periodic_steps=2,
+    half_periodic_steps=2,
     warmup=2,
     decay_share=0.5,
     hidden=32,
@@ -60,6 +61,7 @@ def test_the_first_rows_say_their_beginning_again() -> None:
         assert torch.equal(said[period:], said[:-period])
     assert torch.equal(found, trainer.periodic(rows, seed=0)[0])
     assert not torch.equal(found, trainer.periodic(rows, seed=1)[0])
+    assert [TINY.periodic_stride(step) for step in range(6)] == [1, 1, 2, 2, 0, 0]
 
 
 def test_answers_are_what_follows_a_cue_up_to_its_end(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ HARNESS: Final = "lm-eval:"
 class Stage(StrEnum):
     """When a metric is taken."""
 
+    PREPARING = "preparing"  # nothing is: a model is brought into the form that a runtime loads
     FILES = "files"  # from the files alone, without running the model
     TIMING = "timing"  # in every timed launch, interleaved with the other arms
     MEMORY = "memory"  # in a pass of its own, so that nothing else has touched the memory
