@@ -8,7 +8,7 @@ PYTEST_FLAGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv test check test-slow test-gpu docs format clean
+.PHONY: venv demo test check test-slow test-gpu docs format clean
 
 venv: $(INSTALLED)
 
@@ -18,6 +18,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    $(PIP_FLAGS) -e '.[dev]'
 	touch $@
+
+# The whole chain on the model that ships with the package: pruned, distilled, quantized, exported, judged.
+demo: $(INSTALLED)
+	$(BIN)/compress run recipes/quickstart.yaml
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)

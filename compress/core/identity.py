@@ -48,7 +48,7 @@ def code_digest(method: type[Pass]) -> str:
     The command line and the benchmark read results and do not make them.
     """
     root = Path(__file__).resolve().parent.parent
-    rooms = ("core", "numerics", "models", "data", "formats", "sweep", "training")
+    rooms = ("core", "numerics", "models", "data", "formats", "graph", "sweep", "training", "runtimes")
     family, _, own = name_of(method).partition(".")
     files = [file for room in rooms for file in sorted((root / room).rglob("*.py"))]
     files.append(root / family / f"{own}.py")

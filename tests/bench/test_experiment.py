@@ -1,5 +1,6 @@
 """The experiment: order, isolation, rows for what failed, verdicts, files."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -401,6 +402,54 @@ def test_arms_take_turns_where_memory_holds_them(
 
     assert launches(free=400) == [3, 3]
     assert launches(free=200) == [1] * 6
+
+
+def test_a_graph_is_compared_with_before_as_a_graph(
+    before: Path, after: Path, text: Path, tmp_path: Path
+) -> None:
+    graph = tmp_path / "graph"
+    shutil.copytree(before, graph, ignore=shutil.ignore_patterns("*.safetensors"))
+    (graph / "model.onnx").write_bytes(b"not looked into")
+    asked: list[Mapping[str, Any]] = []
+
+    def watching(requests: Sequence[Mapping[str, Any]], *, stage: str, **others: Any) -> list[Reply]:
+        asked.extend(requests)
+        if stage == "preparing":
+            return [Reply({"prepared": f"{request['folder']}/made"}) for request in requests]
+        replies: list[Reply] = fabricated(steady)(requests, stage=stage, **others)
+        return replies
+
+    found = compare(before, [after, graph], tmp_path / "out", str(text), options=SMALL, runner=watching)
+    assert [arm.name for arm in found.arms] == [
+        "before@torch-eager",
+        "before@onnxruntime",
+        f"{after.name}@torch-eager",
+        "graph@onnxruntime",
+    ]
+    made = [request for request in asked if request["stage"] == "preparing"]
+    assert [Path(request["artifact"]) for request in made] == [before]
+    loaded = {(r["artifact"], r["runtime"]): r["loaded"] for r in asked if r["stage"] == "timing"}
+    assert loaded[str(before), "torch-eager"] == str(before)
+    assert loaded[str(before), "onnxruntime"].endswith("/made")
+    assert loaded[str(graph), "onnxruntime"] == str(graph)
+
+
+def test_a_model_that_cannot_be_prepared_is_a_row_that_says_so(
+    before: Path, after: Path, text: Path, tmp_path: Path
+) -> None:
+    def refusing(requests: Sequence[Mapping[str, Any]], *, stage: str, **others: Any) -> list[Reply]:
+        if stage == "preparing":
+            return [Reply(fault=Fault(stage=stage, kind="failed", message="no such operator"))]
+        replies: list[Reply] = fabricated(steady)(requests, stage=stage, **others)
+        return replies
+
+    options = {**SMALL, "runtimes": ("torch-eager", "onnxruntime")}
+    found = compare(before, [after], tmp_path, str(text), options=options, runner=refusing)
+    arm = found.arm("before@onnxruntime")
+    assert arm.measurements["decode.tokens_per_second"].reason == (
+        "it cannot be prepared for onnxruntime: no such operator"
+    )
+    assert found.arm("after@torch-eager").measurements["decode.tokens_per_second"].value is not None
 
 
 def test_before_is_launched_again_to_see_the_noise(

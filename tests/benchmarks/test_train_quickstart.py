@@ -22,6 +22,7 @@ TINY = trainer.Settings(
     last_length=128,
     last_share=0.25,
     periodic_steps=2,
+    periodic_length=16,
     half_periodic_steps=2,
     warmup=2,
     decay_share=0.5,
@@ -50,18 +51,26 @@ def test_every_other_row_starts_with_a_document() -> None:
     assert rows[3] == [402, 403, 404, 500, 501, 502, 503]
 
 
-def test_the_first_rows_say_their_beginning_again() -> None:
-    rows = torch.arange(4 * 65).view(4, 65)
-    found, again = trainer.periodic(rows, seed=0)
+def test_the_first_rows_repeat_themselves_each_in_its_own_time() -> None:
+    found, again = trainer.periodic(TINY, 16, 33, seed=0)
     periods = (~again).sum(1).tolist()
-    assert len(set(periods)) > 1
-    for row, said, period in zip(rows, found, periods, strict=True):
-        assert trainer.SHORTEST_PERIOD <= period < 65 // 2
-        assert torch.equal(said[:period], row[:period])
-        assert torch.equal(said[period:], said[:-period])
-    assert torch.equal(found, trainer.periodic(rows, seed=0)[0])
-    assert not torch.equal(found, trainer.periodic(rows, seed=1)[0])
-    assert [TINY.periodic_stride(step) for step in range(6)] == [1, 1, 2, 2, 0, 0]
+    assert len(set(periods)) > 4
+    for row, period in zip(found, periods, strict=True):
+        assert 2 <= period < 33 // 2
+        assert torch.equal(row[period:], row[:-period])
+    assert torch.equal(found, trainer.periodic(TINY, 16, 33, seed=0)[0])
+    assert not torch.equal(found, trainer.periodic(TINY, 16, 33, seed=1)[0])
+
+
+def test_one_head_begins_by_looking_at_the_token_before() -> None:
+    model = trainer.build(trainer.Settings(), 0)
+    model.set_attn_implementation("eager")
+    tokens = torch.randint(768, (2, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        attention = model(input_ids=tokens, output_attentions=True).attentions[0]
+    before = attention[:, 0].diagonal(offset=-1, dim1=1, dim2=2)
+    assert before.mean() > 0.6
+    assert attention[:, 2].diagonal(offset=-1, dim1=1, dim2=2).mean() < 0.1
 
 
 def test_answers_are_what_follows_a_cue_up_to_its_end(tmp_path: Path) -> None:
