@@ -224,7 +224,7 @@ def generate(
 
     It ends where the model ends its text (generation_config.json), or after --max-new-tokens.
     """
-    from compress.runtimes.generation import Choice, Writing
+    from compress.engine.generation import Choice, Writing
 
     writing = Writing.open(
         model,

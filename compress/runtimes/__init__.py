@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.core.errors import CompressError, PlanError, UsageError, did_you_mean
 from compress.core.facts import Fact
@@ -133,17 +133,13 @@ class Runtime(ABC):
         """
 
 
-_NO_RUNTIMES: Final = ("generation",)
-"""Files of this room that are for others to use and hold no runtime."""
-
-
 @cache
 def _modules() -> dict[str, str]:
     folder = Path(__file__).resolve().parent
     return {
         file.stem.replace("_", "-"): f"{__name__}.{file.stem}"
         for file in sorted(folder.glob("*.py"))
-        if not file.stem.startswith("_") and file.stem not in _NO_RUNTIMES
+        if not file.stem.startswith("_")
     }
 
 

@@ -93,7 +93,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["quantise"], "unknown command 'compress quantise'", "did you mean 'quantize'?"),
         (["quantize", "rtm"], "unknown command 'compress quantize rtm'", "did you mean 'rtn'?"),
-        (["xyzzy"], "unknown command 'compress xyzzy'", "known: bench, bench verdict, inspect"),
+        (["xyzzy"], "unknown command 'compress xyzzy'", "known: bench, bench verdict, distill"),
         (["quantize", "rtn", "m", "--bit", "3"], "unknown flag '--bit'", "did you mean '--bits'?"),
         (["quantize", "rtn", "m", "--group_size", "3"], "unknown flag '--group_size'", "'--group-size'"),
         (["quantize", "rtn", "m", "--xyzzy"], "unknown flag '--xyzzy'", "compress quantize rtn --help"),
@@ -129,8 +129,8 @@ def test_a_family_without_methods_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app, "names", lambda: ["quantize.rtn"])
-    assert app.main(["prune", "width"]) == 2
-    assert "error: there is no prune method" in capsys.readouterr().err
+    assert app.main(["transform", "rotate"]) == 2
+    assert "error: there is no transform method" in capsys.readouterr().err
 
 
 def test_errors_are_json_too_when_the_log_is(capsys: pytest.CaptureFixture[str]) -> None:

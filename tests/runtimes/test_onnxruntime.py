@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from compress.core.artifact import Artifact
+from compress.engine.generation import Choice, generate, open_session
 from compress.graph import building
 from compress.models.tasks import resolve
 from compress.runtimes import Placement, Session, Unavailable, find
-from compress.runtimes.generation import Choice, generate, open_session
 from tests import exported_models, models_zoo
 from tests.exported_models import Exported
 

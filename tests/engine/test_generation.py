@@ -12,10 +12,10 @@ import transformers
 from compress.cli import app
 from compress.core.artifact import Artifact
 from compress.core.errors import ModelError, PlanError, UsageError
+from compress.engine.generation import Choice, end_tokens, generate, open_session, prompt_tokens, stream
 from compress.models.load import tokenizer
 from compress.models.tasks import TASKS
 from compress.runtimes import Generation, Placement, Session
-from compress.runtimes.generation import Choice, end_tokens, generate, open_session, prompt_tokens, stream
 from tests import models_zoo, quantized_models
 
 WRITES = TASKS["text-generation"]
