@@ -50,6 +50,11 @@ ROUNDED: Mapping[str, Mapping[str, Any]] = {
     "int4, group 32": {"bits": 4, "group_size": 32},
     "int3, group 64": {"bits": 3, "group_size": 64},
     "int3, one scale a row": {"bits": 3, "group_size": "channel"},
+    "the same, embedding too": {
+        "bits": 3,
+        "group_size": "channel",
+        "include": ["lm_head", "*embed_tokens"],
+    },
 }
 SCORE_OF = {
     Shape.MULTIPLE_CHOICE: "accuracy",
