@@ -339,6 +339,7 @@ def read_plan() -> tuple[Plan, Path]:
                 "looks": 2,
                 "repeats": 2,
                 "sample_seconds": 0.0,
+                "launch_seconds": 0.0,
                 "new_tokens": 8,
                 "tokens": 2_048,
             }

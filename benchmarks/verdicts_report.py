@@ -52,7 +52,8 @@ def _conditions(document: Document) -> list[str]:
         f"{environment['processor']}; {libraries}.",
         f"An experiment begins with {options['launches']} launches of each arm and has at most "
         f"{options['looks']} looks and {options['budget']:g} s; each launch decodes {options['new_tokens']} "
-        f"tokens in {options['repeats']} samples of at least {options['sample_seconds']:g} s. "
+        f"tokens in samples of at least {options['sample_seconds']:g} s, for {options['launch_seconds']:g} s "
+        "a launch. "
         "Gates ask for one-sided bounds of 95%, divided among the looks. In brackets: exact 95% intervals. "
         "**Found** is FAIL on a gate without a margin, which on a model against itself may happen at most 5% "
         "of the time.",

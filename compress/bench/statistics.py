@@ -173,10 +173,19 @@ def _check_pair(before: Measurement, after: Measurement) -> None:
         ours, theirs = before.conditions.get(name), after.conditions.get(name)
         if ours != theirs:
             raise Incomparable(f"measured under another {name}: {_differing(ours, theirs)}")
+    if _timed(before) and _timed(after):
+        # A faster arm may have taken more samples in a launch; what pairs are the launches.
+        if set(before.clusters or ()) != set(after.clusters or ()):
+            raise Incomparable("the samples do not pair: other launches")
+        return
     if (before.weights, before.clusters) != (after.weights, after.clusters):
         raise Incomparable("the samples do not pair: other launches, windows or token counts")
     if len(before.samples) != len(after.samples):
         raise Incomparable(f"{len(before.samples)} and {len(after.samples)} samples do not pair")
+
+
+def _timed(arm: Measurement) -> bool:
+    return arm.summary == "geometric-mean" and arm.clusters is not None and arm.weights is None
 
 
 def _differing(ours: Any, theirs: Any) -> str:
@@ -215,7 +224,10 @@ def _cluster_sums(measurement: Measurement) -> _Sums:
     )
     if measurement.clusters is None:
         return _Sums(weights, weights * values)
-    _, index = np.unique(np.asarray(measurement.clusters), return_inverse=True)
+    _, index, counts = np.unique(np.asarray(measurement.clusters), return_inverse=True, return_counts=True)
+    if _timed(measurement):
+        # A launch counts once, however many samples it had time for.
+        weights = weights / counts[index]
     return _Sums(
         np.bincount(index, weights).astype(np.float64),
         np.bincount(index, weights * values).astype(np.float64),

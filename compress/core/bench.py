@@ -42,7 +42,14 @@ class Bench(BaseModel):
         default=True,
         description="launch BEFORE a second time in each round: what it differs from itself is the noise",
     )
-    repeats: PositiveInt = Field(default=3, description="timed samples in each launch, after a warm-up")
+    repeats: PositiveInt = Field(
+        default=3, description="timed samples of each rate in a launch at least, after a warm-up"
+    )
+    launch_seconds: NonNegativeFloat = Field(
+        default=3.0,
+        description="seconds that the samples of each rate shall take in a launch: where they are short, "
+        "there are more of them, at most 40; 0 takes `repeats`",
+    )
     sample_seconds: NonNegativeFloat = Field(
         default=0.1, description="least time of a sample; what is done sooner is done again within it"
     )

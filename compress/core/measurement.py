@@ -5,6 +5,7 @@ kept raw, so that an interval or a verdict can be computed again later, by anoth
 """
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, final
 
@@ -126,6 +127,10 @@ class Measurement(BaseModel):
         reason: str | None = None
         if kept:
             used = None if weights is None else [weights[at] for at in kept]
+            if summary == "geometric-mean" and clusters is not None and used is None:
+                # A launch counts once, however many samples it had time for.
+                counts = Counter(clusters[at] for at in kept)
+                used = [1 / counts[clusters[at]] for at in kept]
             value = summarize([samples[at] for at in kept], used, summary)
             if not math.isfinite(value):
                 return cls.missing(f"the {summary} of the samples is not finite", unit=unit, better=better)

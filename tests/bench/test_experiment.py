@@ -26,6 +26,7 @@ SMALL = {
     "launches": 2,
     "repeats": 2,
     "sample_seconds": 0,
+    "launch_seconds": 0,
     "prompt_length": 8,
     "new_tokens": 2,
     "tokens": 256,

@@ -155,6 +155,7 @@ def test_an_experiment_stores_once_and_reads_after(
         "launches": 1,
         "repeats": 1,
         "sample_seconds": 0,
+        "launch_seconds": 0,
         "prompt_length": 8,
         "new_tokens": 2,
         "tokens": 256,

@@ -206,6 +206,18 @@ def test_a_recovery_is_the_share_of_the_lost_nats_that_came_back() -> None:
         effect(after, before, "recovery")
 
 
+def test_a_launch_counts_once_however_many_samples_it_had_time_for() -> None:
+    """The machine is twice as fast in the second launch; the arms differ by a tenth in both."""
+    before = sampled([100.0] * 2 + [200.0] * 4, "geometric-mean", clusters=[0] * 2 + [1] * 4)
+    after = sampled([110.0] * 3 + [220.0] * 9, "geometric-mean", clusters=[0] * 3 + [1] * 9)
+    found = effect(after, before, "ratio")
+    assert found.point == pytest.approx(1.1)
+    assert found.low == pytest.approx(1.1)
+    other = sampled([110.0] * 3, "geometric-mean", clusters=[0] * 3)
+    with pytest.raises(Incomparable, match="other launches"):
+        effect(other, before, "ratio")
+
+
 def test_samples_of_one_turn_are_drawn_together() -> None:
     """What slows both arms down at one moment is no difference between them, however large it is."""
     generator = np.random.default_rng(7)

@@ -28,7 +28,9 @@ def request_of(before: Path, text: Path, tmp_path: Path) -> Request:
     """A request for a stage, as the experiment makes it."""
 
     def made(stage: str, *metrics: str) -> dict[str, Any]:
-        options = Bench(repeats=2, sample_seconds=0, prompt_length=8, new_tokens=2, tokens=64)
+        options = Bench(
+            repeats=2, sample_seconds=0, launch_seconds=0, prompt_length=8, new_tokens=2, tokens=64
+        )
         task = TASKS["text-generation"]
         file = tmp_path / "material.safetensors"
         prepare(Artifact.open(before), task, documents(str(text)), options).save(file)

@@ -1,18 +1,23 @@
 """Rates, timed in every launch at the experiment's own shape or at a further one."""
 
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from compress.bench.clock import Timing
 from compress.bench.metrics import Metric, Quantity, Stage, Subject
+from compress.core.bench import Bench
 from compress.core.errors import UsageError
 from compress.core.measurement import Measurement
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+MOST_SAMPLES: Final = 40
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,15 @@ class Shape:
         if found is None:
             raise UsageError(f"'{text}' is no shape to time", "write BATCHxPROMPT, such as 8x512")
         return cls(int(found[1]), int(found[2]))
+
+
+def _samples(options: Bench, seconds: float) -> int:
+    """How many samples a launch takes, where an iteration takes so many seconds.
+
+    Noise between samples that lie close together is averaged out by taking more of them.
+    """
+    sample = max(seconds, options.sample_seconds, 1e-9)
+    return max(options.repeats, min(math.ceil(options.launch_seconds / sample), MOST_SAMPLES))
 
 
 def rates_of(stem: str, unit: str) -> tuple[Quantity, ...]:
@@ -78,7 +92,7 @@ class Throughput(Metric):
         doubts: dict[str, str] = {}
         wanted = self.amount(subject, prompts)
         least = subject.options.sample_seconds
-        for _ in range(subject.options.repeats):
+        for _ in range(_samples(subject.options, first.seconds)):
             subject.take_turn()
             if first.seconds < least:
                 iterate()

@@ -61,7 +61,7 @@ def subject(session: Session, folder: Path, task: str = "text-generation") -> Su
     return Subject(
         artifact=Artifact.open(models_zoo.write("llama", folder)),
         task=work,
-        options=Bench(repeats=4, sample_seconds=0, new_tokens=5),
+        options=Bench(repeats=4, sample_seconds=0, launch_seconds=0, new_tokens=5),
         session=session,
         material=Material((), None, torch.zeros(2, 7, dtype=torch.int64), {}),
         load_seconds=1.5,
@@ -86,7 +86,7 @@ def test_a_sample_lasts_as_long_as_it_should(tmp_path: Path) -> None:
     short, long = Timing(0.2), Timing(0.7)
     before = Timing(0.3)  # of an iteration that wakes the caches up and does not count
     clock = Fixed(short, *[before, short, short, short] * 2, *[before, long] * 2)
-    options = Bench(repeats=4, sample_seconds=0.5, new_tokens=5)
+    options = Bench(repeats=4, sample_seconds=0.5, launch_seconds=0, new_tokens=5)
     given = replace(subject(Counting(), tmp_path), clock=clock, options=options)
     decode = find("decode").measure(given)["decode.tokens_per_second"]
     assert decode.samples == pytest.approx((10 / 0.2, 10 / 0.2, 10 / 0.7, 10 / 0.7))
@@ -95,7 +95,7 @@ def test_a_sample_lasts_as_long_as_it_should(tmp_path: Path) -> None:
 def test_each_sample_is_a_turn_and_long_iterations_need_no_waking(tmp_path: Path) -> None:
     turns: list[int] = []
     session = Counting()
-    options = Bench(repeats=3, sample_seconds=0.1, new_tokens=5)
+    options = Bench(repeats=3, sample_seconds=0.1, launch_seconds=0, new_tokens=5)
     given = replace(
         subject(session, tmp_path),
         clock=Fixed(*[Timing(0.2)] * 4),
@@ -104,6 +104,13 @@ def test_each_sample_is_a_turn_and_long_iterations_need_no_waking(tmp_path: Path
     )
     find("prefill").measure(given)
     assert turns == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("seconds", "samples"), [(0.01, 30), (0.2, 15), (0.5, 6), (2.0, 3), (0.02, 30)])
+def test_short_samples_are_taken_more_often(tmp_path: Path, seconds: float, samples: int) -> None:
+    options = Bench(repeats=3, sample_seconds=0.1, launch_seconds=3.0, new_tokens=5)
+    given = replace(subject(Counting(), tmp_path), clock=Fixed(*[Timing(seconds)] * 1_000), options=options)
+    assert len(find("decode").measure(given)["decode.tokens_per_second"].samples) == samples
 
 
 def test_a_shortened_output_is_no_speed(tmp_path: Path) -> None:
