@@ -32,7 +32,8 @@ def dense(student: Any, teacher: Any, windows: torch.Tensor) -> dict[str, float]
     entropy = cross_entropy(logits, windows[:, 1:].flatten())
     loss = (1 - SHARE) * divergence + SHARE * entropy
     loss.backward()
-    return {"loss": float(loss), "divergence": float(divergence), "cross_entropy": float(entropy)}
+    found = {"loss": loss, "divergence": divergence, "cross_entropy": entropy}
+    return {name: value.item() for name, value in found.items()}
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -43,6 +44,9 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_loss_and_gradients_are_those_of_the_dense_computation(name: str, chunk: int) -> None:
     student, teacher = models_zoo.build(name, seed=1).double(), models_zoo.build(name, seed=2).double()
+    for model in (student, teacher):
+        # Its grouped product of matrices knows no double precision.
+        model.set_experts_implementation("eager")
     windows = models_zoo.tokens(3, 12)
     expected = dense(student, teacher, windows)
     wanted = {key: value.clone() for key, value in gradients(student).items()}
