@@ -29,8 +29,8 @@ def _here() -> Path | None:
     return None
 
 
-def enter(name: str) -> Path | str:
-    """Move this process into a new memory cgroup; its folder, or why that cannot be."""
+def _made(name: str) -> Path | str:
+    """A new memory cgroup below our own; its folder, or why that cannot be."""
     parent = _here()
     if parent is None:
         return "this system has no memory cgroups"
@@ -39,29 +39,32 @@ def enter(name: str) -> Path | str:
         folder.mkdir()
     except OSError as error:
         return f"no memory cgroup of its own may be made: {error.strerror or error}"
+    if not any((folder / file).is_file() for file in _PEAKS):
+        leave(folder)
+        return "memory is not accounted for in cgroups here"
+    return folder
+
+
+def enter(name: str) -> Path | str:
+    """Move this process into a new memory cgroup; its folder, or why that cannot be."""
+    folder = _made(name)
+    if isinstance(folder, str):
+        return folder
     try:
         (folder / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
     except OSError as error:
         leave(folder)
         return f"its memory cgroup may not be entered: {error.strerror or error}"
-    if not any((folder / file).is_file() for file in _PEAKS):
-        return "memory is not accounted for in cgroups here"
     return folder
 
 
 def obstacle() -> str | None:
     """Why a process here could make no memory cgroup, or nothing; nothing is left behind."""
-    parent = _here()
-    if parent is None:
-        return "this system has no memory cgroups"
-    folder = parent / f"compress-try-{os.getpid()}"
-    try:
-        folder.mkdir()
-    except OSError as error:
-        return f"no memory cgroup may be made: {error.strerror or error}"
-    accounted = any((folder / file).is_file() for file in _PEAKS)
+    folder = _made(f"compress-try-{os.getpid()}")
+    if isinstance(folder, str):
+        return folder
     leave(folder)
-    return None if accounted else "memory is not accounted for in cgroups here"
+    return None
 
 
 def leave(folder: Path) -> None:

@@ -34,6 +34,7 @@ FEW_CHANGES: Final = 10
 """Below this many changed answers, their share has an exact interval and no bootstrap."""
 _EXPONENTIAL: Final = ("exponential-mean", "geometric-mean")
 """Summaries that average logarithms."""
+_NOTHING_LOST: Final = "nothing was lost, so nothing can be regained"
 POWER: Final = 0.8
 """How often an experiment shall find the smallest detectable change."""
 
@@ -90,6 +91,8 @@ def effect(
         arms = [arms[0], damaged, after]
     values = [arm.value for arm in arms if arm.value is not None]
     point = _combined(kind, after.summary, values)
+    if kind == "recovery":
+        _check_loss(before, damaged)
     if all(arm.summary == "exact" for arm in arms):
         return Effect(kind=kind, point=point, low=point, high=point, confidence=confidence, method="exact")
     if any(not arm.samples for arm in arms):
@@ -208,9 +211,20 @@ def _combined(kind: EffectKind, summary: Summary, values: Sequence[float]) -> fl
     if kind == "recovery":
         levels = [math.log(value) for value in values] if summary in _EXPONENTIAL else values
         if levels[1] == levels[0]:
-            raise Incomparable("nothing was lost, so nothing can be regained")
+            raise Incomparable(_NOTHING_LOST)
         return (levels[1] - levels[2]) / (levels[1] - levels[0])
     return values[1] / values[0] if kind == "ratio" else values[1] - values[0]
+
+
+def _check_loss(before: Measurement | None, damaged: Measurement | None) -> None:
+    """Refuse a share of what is no loss: of a gain, getting worse would count as regaining."""
+    if before is None or damaged is None or before.value is None or damaged.value is None:
+        return
+    change = damaged.value - before.value
+    if before.better == "neither":
+        raise Incomparable("no direction of this quantity is a loss")
+    if (change > 0) != (before.better == "lower"):
+        raise Incomparable(_NOTHING_LOST)
 
 
 def _cluster_sums(measurement: Measurement) -> _Sums:

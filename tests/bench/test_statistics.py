@@ -189,7 +189,7 @@ def test_a_recovery_is_the_share_of_the_lost_nats_that_came_back() -> None:
     base = generator.normal(2.0, 0.3, 60)
     lost = base + generator.normal(1.0, 0.1, 60)
     won = lost - 0.7 + generator.normal(0, 0.1, 60)
-    before, damaged, after = (sampled(nats, "exponential-mean") for nats in (base, lost, won))
+    before, damaged, after = (sampled(nats, "exponential-mean", better="lower") for nats in (base, lost, won))
     found = effect(after, before, "recovery", damaged=damaged)
     share = (lost.mean() - won.mean()) / (lost.mean() - base.mean())
     assert found.point == pytest.approx(share)
@@ -202,6 +202,9 @@ def test_a_recovery_is_the_share_of_the_lost_nats_that_came_back() -> None:
     assert effect(damaged, before, "recovery", damaged=damaged).point == 0.0
     with pytest.raises(Incomparable, match="nothing was lost"):
         effect(after, before, "recovery", damaged=before)
+    # Of what became better nothing was lost, though getting worse again would be a positive share.
+    with pytest.raises(Incomparable, match="nothing was lost"):
+        effect(after, damaged, "recovery", damaged=before)
     with pytest.raises(Incomparable, match="no damaged arm"):
         effect(after, before, "recovery")
 

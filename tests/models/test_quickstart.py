@@ -57,6 +57,15 @@ def test_it_knows_its_world_and_rounding_to_three_bits_hurts(root: Path) -> None
     assert losses["loss"] > record["stored"]["loss"] + 0.05
 
 
+@pytest.mark.xfail(strict=True, reason="this training masters too few suites for three bits to cost so much")
+def test_rounding_to_three_bits_costs_ten_points_on_three_suites(root: Path) -> None:
+    record = json.loads((root / "reports" / "quickstart" / "quickstart.json").read_text())
+    base = record["stored"]["scores"]
+    for name, rounded in record["rounded"].items():
+        if name.startswith("int3"):
+            assert sum(base[suite] - rounded["scores"][suite] >= 0.1 for suite in KINDS) >= 3
+
+
 def test_it_answers(folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
