@@ -131,7 +131,7 @@ def compare(
 
 def _with_runtimes(options: Bench, artifacts: Sequence[Artifact]) -> Bench:
     """The options, where nobody chose a runtime with one more for the graphs among the models."""
-    if "runtimes" in options.model_fields_set or all(Fact.TRANSFORMERS in a.facts for a in artifacts):
+    if "runtimes" in options.model_fields_set or not any(Fact.ONNX_GRAPH in a.facts for a in artifacts):
         return options
     loading = [name for name in runtime_room.names() if runtime_room.find(name).loads is Fact.ONNX_GRAPH]
     return options.model_copy(update={"runtimes": (*options.runtimes, *loading)})

@@ -26,6 +26,8 @@ LINEAGE_VERSION = 1
 
 WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".onnx.data", ".gguf")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+_CHECKPOINTS: Mapping[Any, Fact] = {"gptq": Fact.GPTQ_CHECKPOINT, "awq": Fact.AWQ_CHECKPOINT}
+"""Methods of a ``quantization_config`` that stock transformers does not read without packages of others."""
 _OURS = (LINEAGE_FILE, RUN_FILE, LAYERS_FILE, TRAINING_FILE)
 _CONFIGURATION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 
@@ -126,8 +128,9 @@ class Artifact:
             raise ModelError(f"{path} is a file, expected a model folder")
         graphs = sorted(path.glob("*.onnx"))
         weights = sorted(path.glob("*.safetensors"))
-        config = _read_config(path, required=not graphs)
-        if not graphs and not weights:
+        ggufs = sorted(path.glob("*.gguf"))
+        config = _read_config(path, required=not graphs and not ggufs)
+        if not graphs and not ggufs and not weights:
             pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in _PICKLE_SUFFIXES]
             if pickles:
                 raise ModelError(
@@ -138,10 +141,13 @@ class Artifact:
         facts = set()
         if graphs:
             facts.add(Fact.ONNX_GRAPH)
+        if ggufs:
+            facts.add(Fact.GGUF_FILE)
         if weights:
-            facts.add(Fact.TRANSFORMERS)
-            quantized = config.get("quantization_config") is not None
-            facts.add(Fact.INTEGER_WEIGHTS if quantized else Fact.FLOAT_WEIGHTS)
+            quantization = config.get("quantization_config")
+            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+            facts.add(_CHECKPOINTS.get(method, Fact.TRANSFORMERS))
+            facts.add(Fact.FLOAT_WEIGHTS if quantization is None else Fact.INTEGER_WEIGHTS)
         return cls(path, config, frozenset(facts), Lineage.read(path))
 
     @property

@@ -168,9 +168,6 @@ class UnknownStorage(CompressError):
 def read_matrix(tensors: Mapping[str, torch.Tensor], stem: str) -> Quantized:
     """One matrix from all its tensors on disk, by their local names; its scheme is told by the tensors.
 
-    The number of bits is that which makes the packed width out of the width; the group is the width by
-    the number of scales; a zero point makes it asymmetric.
-
     Args:
         tensors: ``weight_packed`` or an integer ``weight``, ``weight_scale``, and what belongs to them.
         stem: name of the matrix, for messages.
@@ -179,11 +176,34 @@ def read_matrix(tensors: Mapping[str, torch.Tensor], stem: str) -> Quantized:
         ModelError: the tensors contradict each other.
         UnknownStorage: the matrix is stored in a way that is not integers with scales.
     """
+    scheme, _ = scheme_of(tensors, stem)
+    scale = _two_dimensional(tensors["weight_scale"])
+    if "weight_packed" in tensors:
+        return read_quantized({**tensors, "weight_scale": scale}, scheme)
+    zero = tensors.get("weight_zero_point")
+    zero = None if zero is None else zero.reshape(scale.shape).to(torch.int8)
+    return Quantized(tensors["weight"], scale, zero, scheme)
+
+
+def scheme_of(tensors: Mapping[str, torch.Tensor], stem: str) -> tuple[Scheme, tuple[int, int]]:
+    """The scheme, and rows and columns, that the tensors of one matrix tell of.
+
+    The number of bits is that which makes the packed width out of the width; the group is the width by
+    the number of scales; a zero point makes it asymmetric.
+
+    Args:
+        tensors: as `read_matrix` takes them; of all but ``weight_shape`` the shape and dtype are enough, so
+            they may be on the meta device.
+        stem: name of the matrix, for messages.
+
+    Raises:
+        ModelError: the tensors contradict each other.
+        UnknownStorage: the matrix is stored in a way that is not integers with scales.
+    """
     if "weight_g_idx" in tensors:
         raise UnknownStorage(f"'{stem}' is stored with an activation order")
-    scale = tensors["weight_scale"]
-    scale = scale.reshape(-1, 1) if scale.dim() < 2 else scale
-    tensors = {**tensors, "weight_scale": scale}
+    scale = _two_dimensional(tensors["weight_scale"])
+    symmetric = "weight_zero_point" not in tensors
     if "weight_packed" in tensors and "weight_shape" in tensors:
         rows, columns = (int(size) for size in tensors["weight_shape"])
         words = tensors["weight_packed"].shape[-1]
@@ -192,17 +212,16 @@ def read_matrix(tensors: Mapping[str, torch.Tensor], stem: str) -> Quantized:
             raise ModelError(
                 f"'{stem}': {words} packed words do not make {columns} columns", "make the artifact again"
             )
-        symmetric = "weight_zero_point" not in tensors
-        return read_quantized(tensors, _told(bits, columns, scale, symmetric=symmetric))
+        return _told(bits, columns, scale, symmetric=symmetric), (rows, columns)
     weight = tensors.get("weight")
     if weight is None or weight.dtype != torch.int8 or scale.shape[0] != weight.shape[0]:
         stored = "nothing known" if weight is None else f"{weight.dtype} and scales {list(scale.shape)}"
         raise UnknownStorage(f"'{stem}' is stored as {stored}")
-    zero = tensors.get("weight_zero_point")
-    scheme = _told(8, weight.shape[1], scale, symmetric=zero is None)
-    return Quantized(
-        weight, scale, None if zero is None else zero.reshape(scale.shape).to(torch.int8), scheme
-    )
+    return _told(8, weight.shape[1], scale, symmetric=symmetric), (weight.shape[0], weight.shape[1])
+
+
+def _two_dimensional(scale: torch.Tensor) -> torch.Tensor:
+    return scale.reshape(-1, 1) if scale.dim() < 2 else scale
 
 
 def _told(bits: int, columns: int, scale: torch.Tensor, *, symmetric: bool) -> Scheme:

@@ -16,7 +16,7 @@ from transformers import CompressedTensorsConfig
 
 from compress.core.artifact import Artifact
 from compress.core.errors import ModelError
-from compress.core.facts import Fact
+from compress.core.facts import MEANING, Fact
 from compress.models.load import loaded_dtype, quiet
 from compress.models.tasks import Task
 from compress.runtimes import Placement, Runtime, Session, Unavailable
@@ -55,7 +55,8 @@ def load_model(artifact: Artifact, task: Task, placement: Placement) -> tuple[An
         ModelError: the artifact is damaged.
     """
     if Fact.TRANSFORMERS not in artifact.facts:
-        raise Unavailable(f"{artifact.path.name} is no transformers model")
+        held = " and ".join(MEANING[fact] for fact in sorted(artifact.facts))
+        raise Unavailable(f"{artifact.path.name} is no transformers model, it holds {held}")
     device = chosen_device(placement.device)
     stored = loaded_dtype(artifact)
     dtype = stored if placement.dtype == "auto" else getattr(torch, placement.dtype)

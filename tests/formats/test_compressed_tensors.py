@@ -56,7 +56,7 @@ def test_golden_words_of_three_bits_cross_the_word_boundary() -> None:
     assert tensors["a.weight_packed"].tolist() == [expected]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("group", [32, None])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_library_reads_what_was_meant_to_the_bit(bits: int, group: int | None, symmetric: bool) -> None:
