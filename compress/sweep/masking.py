@@ -154,6 +154,14 @@ class _Masking(Treatment):
     def staged(self) -> bool:
         return False
 
+    @property
+    def original(self) -> bool:
+        return False
+
+    @property
+    def joint(self) -> None:
+        return None
+
     def statistic(self, columns: int, device: torch.device) -> Statistic:
         return ColumnNorms(columns, device)
 

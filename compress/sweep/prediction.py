@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from compress.models.blocks import Block
 from compress.models.checkpoint import Checkpoint
 from compress.models.load import loaded_dtype
 from compress.sweep.matrices import Matrix
-from compress.sweep.rounder import Rounder
+from compress.sweep.rounder import BlockRounder, Rounder
 from compress.sweep.selection import Selection
 
 # Python with torch and transformers, measured as the resident set after importing both.
@@ -45,7 +46,8 @@ def predict(
     recordings = 0
     seconds = 0.0
     if rounder.calibrated and run.calibration is not None:
-        tokens = run.calibration.samples * run.calibration.sequence_length
+        calibration = run.calibration
+        tokens = calibration.samples * calibration.sequence_length
         hidden = model.get_input_embeddings().weight.shape[1]
         recordings = tokens * hidden * compute
         working += 4 * 4 * width * width
@@ -56,12 +58,34 @@ def predict(
         operations = 2 * tokens * (3 * body + moments) + sum(
             2 * matrix.columns**2 * (matrix.rows + matrix.columns) for matrix in selection.schemes
         )
+        if isinstance(rounder, BlockRounder):
+            # The original model's activations, and one pass more for them.
+            recordings *= 2
+            batch = min(calibration.batch_size, calibration.samples) * calibration.sequence_length
+            # Going back costs twice what going forward does.
+            operations += 2 * body * (3 * rounder.work.steps * batch + (rounder.work.looks + 1) * tokens)
+            working += _joint_bytes(rounder, selection, batch, compute)
         seconds = operations / _rate(torch.device(run.device))
     host = IMPORT_BYTES + recordings + (working if run.device == "cpu" else compute * largest)
     disk = packed + copied + 2 * recordings
     # Reading, writing and reading again to verify, at a disk that gives 500 MB a second.
     seconds += 3 * disk / 500e6
     return Needs(disk, host, 0 if run.device == "cpu" else working + recordings, seconds)
+
+
+def _joint_bytes(rounder: BlockRounder, selection: Selection, tokens: int, compute: int) -> int:
+    """What working on a whole block takes beside the block: copies, gradients, and what a step back needs.
+
+    Args:
+        tokens: in one batch.
+    """
+    most = 0
+    for matrices in selection.inside.values():
+        weights = sum(matrix.rows * matrix.columns for matrix in matrices)
+        # Inputs and outputs of every matrix stay until the way back, and about as much between them.
+        kept = 2 * tokens * sum(matrix.rows + matrix.columns for matrix in matrices)
+        most = max(most, weights * (4 * rounder.work.copies + 2 * compute) + kept * compute)
+    return most
 
 
 def predict_masking(
@@ -72,6 +96,18 @@ def predict_masking(
     disk = sum(_bytes(checkpoint, name) for name in checkpoint.names)
     sorting = 4 * 4 * max((matrix.rows * matrix.columns for matrix in entries), default=0)
     return _dense(disk, sorting, 2.0, blocks, model, checkpoint, run)
+
+
+def predict_rewriting(
+    rounded: Mapping[str, int], blocks: Iterable[Block], model: Any, checkpoint: Checkpoint, run: Run
+) -> Needs:
+    """What a sweep takes that looks at no text.
+
+    Args:
+        rounded: bytes of what is written in place of a tensor, by its name on disk.
+    """
+    disk = sum(rounded.get(name, _bytes(checkpoint, name)) for name in checkpoint.names)
+    return _dense(disk, 0, 0.0, blocks, model, checkpoint, replace(run, calibration=None))
 
 
 def predict_narrowing(
@@ -89,6 +125,33 @@ def predict_narrowing(
     blocks = list(blocks)
     compute = 4 if run.device == "cpu" else loaded_dtype(checkpoint.source).itemsize
     return _dense(disk, compute * _largest(blocks), 1.0, blocks, model, checkpoint, run)
+
+
+def predict_whole(
+    needs: Needs, selection: Selection, model: Any, checkpoint: Checkpoint, run: Run, choices: int
+) -> Needs:
+    """What a sweep takes before which the whole model runs again and again, once for each part and choice.
+
+    Args:
+        needs: of the sweep.
+        run: with the calibration text of these runs.
+        choices: how often a part is tried.
+    """
+    compute = 4 if run.device == "cpu" else loaded_dtype(checkpoint.source).itemsize
+    whole = compute * sum(parameter.numel() for parameter in model.parameters())
+    calibration = run.calibration
+    tokens = 0 if calibration is None else calibration.samples * calibration.sequence_length
+    body = sum(matrix.rows * matrix.columns for matrix in selection.schemes)
+    # Three parts of four matrices share an input with another; a part is followed by half of the blocks.
+    parts = len({(m.module, m.parameter) for m in selection.schemes}) / 2
+    seconds = parts * choices * tokens * body / _rate(torch.device(run.device))
+    on_host = run.device == "cpu"
+    return Needs(
+        needs.disk_bytes,
+        max(needs.host_bytes, IMPORT_BYTES + (whole if on_host else 0)),
+        0 if on_host else max(needs.device_bytes, whole),
+        needs.seconds + seconds,
+    )
 
 
 def _dense(

@@ -18,8 +18,10 @@ from compress.models.checkpoint import Checkpoint
 from compress.models.load import loaded_dtype, skeleton
 from compress.numerics.affine import Quantized
 from compress.numerics.statistic import Statistic
+from compress.sweep.joint import BlockProblem, JointTreatment
+from compress.sweep.matrices import Matrix
 from compress.sweep.prediction import predict
-from compress.sweep.rounder import Rounder
+from compress.sweep.rounder import BlockRounder, Rounder
 from compress.sweep.selection import Selection, select
 from compress.sweep.sweep import Sweep
 from compress.sweep.treatment import Replacement, Treated, Treatment
@@ -100,6 +102,14 @@ class _Rounding(Treatment):
     def staged(self) -> bool:
         return True
 
+    @property
+    def original(self) -> bool:
+        return self.joint is not None
+
+    @property
+    def joint(self) -> JointTreatment | None:
+        return _JointRounding(self.rounder) if isinstance(self.rounder, BlockRounder) else None
+
     def statistic(self, columns: int, device: torch.device) -> Statistic | None:
         return self.rounder.statistic(columns, device)
 
@@ -117,6 +127,32 @@ class _Rounding(Treatment):
 
     def configuration(self) -> dict[str, Any]:
         return dict(self.config)
+
+
+@final
+@dataclass(frozen=True)
+class _JointRounding(JointTreatment):
+    """The second half of a rounder that works on whole blocks."""
+
+    rounder: BlockRounder
+
+    def treat(
+        self,
+        first: Mapping[Matrix, Replacement],
+        labels: Mapping[Matrix, Hashable],
+        problem: BlockProblem,
+    ) -> dict[Matrix, Treated]:
+        starts = {matrix: _integers(replacement) for matrix, replacement in first.items()}
+        together = self.rounder.round_together(starts, problem)
+        return {
+            matrix: Treated(_Integers(found.quantized), found.notes) for matrix, found in together.items()
+        }
+
+
+def _integers(replacement: Replacement) -> Quantized:
+    if not isinstance(replacement, _Integers):
+        raise TypeError(f"a rounder's replacement holds integers, got {type(replacement).__name__}")
+    return replacement.quantized
 
 
 def _configuration(selection: Selection, source: Artifact, run: Run) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from compress.core.facts import Fact
 from compress.core.passes import Needs, Outcome, Pass
-from compress.core.scheme import Range, Scheme
+from compress.core.scheme import Bits, Range, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from compress.core.run import Run
     from compress.numerics.affine import Quantized
     from compress.numerics.statistic import Statistic
+    from compress.sweep.joint import BlockProblem
+    from compress.sweep.matrices import Matrix
 
 GroupSize = int | Literal["channel"]
 
@@ -46,7 +48,7 @@ class Override(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     match: str = Field(description="glob (`*.down_proj`) or `re:` regular expression over module names")
-    bits: Literal[2, 3, 4, 8] | None = Field(default=None, description="bits for these modules")
+    bits: Bits | None = Field(default=None, description="bits for these modules")
     group_size: GroupSize | None = Field(default=None, description="group size for these modules")
     symmetric: bool | None = Field(default=None, description="symmetry for these modules")
 
@@ -58,7 +60,7 @@ class Rounder(Pass):
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.INTEGER_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.FLOAT_WEIGHTS})
 
-    bits: Literal[2, 3, 4, 8] = Field(default=4, description="bits of one weight")
+    bits: Bits = Field(default=4, description="bits of one weight")
     group_size: GroupSize = Field(
         default=128, description="input columns that share a scale, or `channel` for one scale a row"
     )
@@ -141,3 +143,45 @@ class Rounder(Pass):
         from compress.sweep.quantization import quantize
 
         return quantize(self, source, target, run)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rounder does with each block beyond one matrix at a time, for predictions.
+
+    Attributes:
+        steps: batches that run through the block with their gradients.
+        looks: passes over all batches without gradients.
+        copies: float32 copies of all selected weights of the block that are in memory meanwhile.
+    """
+
+    steps: int
+    looks: int
+    copies: int
+
+
+class BlockRounder(Rounder):
+    """A rounder that, having rounded each matrix of a block, changes all of them for the block's output.
+
+    `Rounder.round` gives the beginning. Matrices outside the blocks keep it.
+    """
+
+    @property
+    @abstractmethod
+    def work(self) -> Work:
+        """What it does with each block."""
+
+    @abstractmethod
+    def round_together(
+        self, starts: "Mapping[Matrix, Quantized]", problem: "BlockProblem"
+    ) -> "dict[Matrix, Rounded]":
+        """Round all selected matrices of one block.
+
+        Args:
+            starts: what `round` made of each.
+            problem: the block's output error as a function of the values of its matrices, which hold the
+                weights of the source when it comes.
+
+        Returns:
+            for every matrix its final integers, and notes beside those of its start.
+        """

@@ -1,9 +1,9 @@
 """The streaming sweep: one block in memory at a time, whatever the depth of the model.
 
 For each block: bring it from disk, let the calibration batches run through it while statistics gather,
-treat its matrices stage by stage (a stage is what shares an input), run the batches again so that the
-next block sees the treated one, write its shard, free it. Every finished block is a point to resume
-from.
+treat its matrices stage by stage (a stage is what shares an input) and, where the treatment asks for it,
+all of them together; run the batches again so that the next block sees the treated one, write its shard,
+free it. Every finished block is a point to resume from.
 """
 
 import math
@@ -20,15 +20,16 @@ from compress.core.errors import CalibrationError
 from compress.core.passes import Outcome
 from compress.core.run import Run
 from compress.formats.shards import shard_name
-from compress.models.blocks import Block
+from compress.models.blocks import Block, Recording
 from compress.models.checkpoint import Checkpoint
 from compress.numerics.feedback import HOST_ROWS
 from compress.numerics.grouping import row_chunks
 from compress.sweep.activations import Activations
 from compress.sweep.collector import Collector, Enough, Shared
+from compress.sweep.joint import JointTreatment, SweptBlock
 from compress.sweep.matrices import Matrix
 from compress.sweep.memory import return_freed
-from compress.sweep.treatment import Replacement, Treatment
+from compress.sweep.treatment import Replacement, Treated, Treatment
 from compress.sweep.unit import UnitRecord, encode, write_unit
 from compress.sweep.walk import OUTSIDE, Walk, decided
 
@@ -41,7 +42,13 @@ class _Progress:
 
     results: dict[Matrix, Replacement] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
-    layers: list[dict[str, Any]] = field(default_factory=list)
+    rows: dict[Matrix, dict[str, Any]] = field(default_factory=dict)
+    """Of the table of layers."""
+    seconds: dict[Matrix, float] = field(default_factory=dict)
+
+    def layers(self) -> list[dict[str, Any]]:
+        """The rows of the table, complete."""
+        return [{**row, "seconds": f"{self.seconds[matrix]:.4f}"} for matrix, row in self.rows.items()]
 
 
 @dataclass
@@ -81,13 +88,14 @@ class Sweep:
         blocks = self.blocks
         records: list[UnitRecord] = []
         self._walk.begin()
-        activations = self._walk.calibration() if self.treatment.calibrated else None
+        treatment = self.treatment
+        activations = self._walk.calibration(original=treatment.original) if treatment.calibrated else None
         title = f"{len(self.labels)} matrices in {len(blocks)} blocks"
         with (
             self._walk.reentry() as self._reentry,
             self.run.reporter.progress(title, len(blocks) + 1, "block") as advance,
         ):
-            if self.treatment.calibrated or self._labels_outside():
+            if treatment.calibrated or self._labels_outside():
                 self._walk.load_outside()
             for block in blocks:
                 records.append(
@@ -111,21 +119,33 @@ class Sweep:
         if activations is None:
             self._treat([Shared([matrix]) for matrix in matrices], matrices, progress)
         else:
-            collector = Collector(self.model, list(matrices))
-            first = lambda: self._reentry.run(  # noqa: E731 - one expression, used once
-                block.position, activations.batches[0], activations.recordings[0]
-            )
-            for stage in self._stages(collector.discover(first)) if matrices else []:
-                event("block.calibrate", block=block.name, position=block.position)
-                with collector.gather(stage, self._statistic) as begin:
-                    self._pass(block.position, activations, begin)
-                self._treat(stage, matrices, progress)
+            if activations.original:
+                # While the block is still the original one: what it says is also what it will be held to.
+                self._advance(block.position, activations.batches, activations.original)
+            self._calibrated(block, matrices, activations, progress)
             event("block.advance", block=block.name, position=block.position)
-            for batch, recording in zip(activations.batches, activations.recordings, strict=True):
-                self._reentry.advance(block.position, batch, recording)
+            self._advance(block.position, activations.batches, activations.recordings)
         # What was rounded is written from its integers: the block's floats have done their work.
         self.checkpoint.release(block.name)
         return self._finish(block.position, self.checkpoint.names_of(block.name), progress, activations)
+
+    def _calibrated(
+        self, block: Block, matrices: Labels, activations: Activations, progress: _Progress
+    ) -> None:
+        """Treat the matrices of a block stage by stage, and then together where that is asked for."""
+        if not matrices:
+            return
+        collector = Collector(self.model, list(matrices))
+        first = lambda: self._reentry.run(  # noqa: E731 - one expression, used once
+            block.position, activations.batches[0], activations.recordings[0]
+        )
+        for stage in self._stages(collector.discover(first)):
+            self.run.reporter.event("block.calibrate", block=block.name, position=block.position)
+            with collector.gather(stage, self._statistic) as begin:
+                self._pass(block.position, activations, begin)
+            self._treat(stage, matrices, progress)
+        if (joint := self.treatment.joint) is not None:
+            self._treat_jointly(joint, block, matrices, activations, progress)
 
     def _outside(self, activations: Activations | None) -> UnitRecord:
         """Everything outside the blocks: copied, but for the matrices that were asked for."""
@@ -156,6 +176,10 @@ class Sweep:
         if self.treatment.staged or not found:
             return found
         return [[shared for stage in found for shared in stage]]
+
+    def _advance(self, position: int, batches: Sequence[Any], recordings: Sequence[Recording]) -> None:
+        for batch, recording in zip(batches, recordings, strict=True):
+            self._reentry.advance(position, batch, recording)
 
     def _pass(self, position: int, activations: Activations, begin: Any) -> None:
         for batch, recording in zip(activations.batches, activations.recordings, strict=True):
@@ -214,18 +238,52 @@ class Sweep:
             del stacked
             seconds = (time.perf_counter() - started) / len(matrices)
             start = 0
-            for matrix, view in zip(matrices, views, strict=True):
+            for matrix in matrices:
                 part = treated.replacement.rows(start, start + matrix.rows)
                 start += matrix.rows
-                error = _replace(view, part)
-                progress.results[matrix] = part
-                progress.errors[matrix.name] = error
                 row = {"layer": matrix.name, "rows": matrix.rows, "columns": matrix.columns}
                 if matrix.kind != "Embedding":
                     row["tokens"] = tokens
-                row |= {"scheme": str(label), "error": f"{error:.6g}"}
-                notes = {**treated.notes, **part.notes()}
-                progress.layers.append(row | _recorded(notes) | {"seconds": f"{seconds:.4f}"})
+                progress.rows[matrix] = row | {"scheme": str(label)}
+                progress.seconds[matrix] = seconds
+                self._put(matrix, Treated(part, treated.notes), progress)
+
+    def _treat_jointly(
+        self,
+        joint: JointTreatment,
+        block: Block,
+        matrices: Labels,
+        activations: Activations,
+        progress: _Progress,
+    ) -> None:
+        """Treat all matrices of a block at once, beginning with what each got alone."""
+        self.run.reporter.event("block.joint", block=block.name, position=block.position)
+        started = time.perf_counter()
+        self._reload(block)
+        problem = SweptBlock(block, matrices, self.model, self._reentry, activations, self.run)
+        treated = joint.treat(dict(progress.results), matrices, problem)
+        del problem
+        # Once more, so that the errors are those against the weights of the source.
+        self._reload(block)
+        seconds = (time.perf_counter() - started) / len(matrices)
+        for matrix, entry in treated.items():
+            progress.seconds[matrix] += seconds
+            with torch.no_grad():
+                self._put(matrix, entry, progress)
+        return_freed()
+
+    def _reload(self, block: Block) -> None:
+        """Bring the weights of the source back into a block."""
+        self.checkpoint.release(block.name)
+        self.checkpoint.load_module(block.name, self.device)
+
+    def _put(self, matrix: Matrix, treated: Treated, progress: _Progress) -> None:
+        """Put a replacement into the model, in the place of the weights of the source, and record it."""
+        error = _replace(matrix.of(self.model.get_parameter(matrix.parameter)), treated.replacement)
+        progress.results[matrix] = treated.replacement
+        progress.errors[matrix.name] = error
+        notes = {**treated.notes, **treated.replacement.notes()}
+        progress.rows[matrix] |= {"error": f"{error:.6g}", **_recorded(notes)}
 
     # -- the edges ---------------------------------------------------------------------------------
 
@@ -254,7 +312,7 @@ class Sweep:
     ) -> UnitRecord:
         encoded = encode(progress.results, progress.errors, self.labels, self.treatment, self.checkpoint)
         file = shard_name(position, len(self.blocks) + 1)
-        record = write_unit(self.target, file, names, encoded, progress.layers, self.checkpoint, self.run)
+        record = write_unit(self.target, file, names, encoded, progress.layers(), self.checkpoint, self.run)
         self._walk.finish(position, record, activations)
         return record
 

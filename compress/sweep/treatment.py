@@ -3,11 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from compress.numerics.statistic import Statistic
+
+if TYPE_CHECKING:
+    from compress.sweep.joint import JointTreatment
 
 
 class Replacement(ABC):
@@ -57,6 +60,16 @@ class Treatment(ABC):
 
         Otherwise all statistics of a block are gathered from the block as it was, in one pass.
         """
+
+    @property
+    @abstractmethod
+    def original(self) -> bool:
+        """Whether it compares with the original model, whose activations are then kept beside the others."""
+
+    @property
+    @abstractmethod
+    def joint(self) -> "JointTreatment | None":
+        """What is done to all matrices of a block at once after that; it wants the original's activations."""
 
     @abstractmethod
     def statistic(self, columns: int, device: torch.device) -> Statistic | None:

@@ -15,15 +15,17 @@ import torch
 from torch import nn
 from transformers.quantizers import AutoHfQuantizer
 
-from compress.core.artifact import Artifact, Lineage
+from compress.core.artifact import Artifact, Lineage, StepRecord
 from compress.core.errors import CompressError, PlanError, VerificationError
-from compress.core.passes import Meant
+from compress.core.passes import Delegating, Meant, find
 from compress.core.run import Run
+from compress.formats.bitsandbytes import dequantized, forget, is_layer
 from compress.models.blocks import find_blocks
 from compress.models.checkpoint import Checkpoint
 from compress.models.load import loaded_dtype, quiet, skeleton
 from compress.numerics.fingerprint import fingerprint
 from compress.sweep.memory import return_freed
+from compress.sweep.stored import is_stored_otherwise, verify_stored
 
 _HINT = "the artifact is damaged or was written wrongly: make it again, and report it if that does not help"
 
@@ -58,9 +60,13 @@ def verify_weights(
     """
     last = lineage.steps[-1]
     layers = last.decisions.get("layers", {})
-    starved = [name for name, row in layers.items() if row.get("tokens") == 0 and _calibrated(last.use)]
+    starved = [name for name, row in layers.items() if row.get("tokens") == 0 and _calibrated(last)]
     if starved:
         raise VerificationError(f"{starved[0]} was never calibrated", _HINT)
+    if is_stored_otherwise(artifact):
+        verify_stored(artifact, lineage, run)
+        changed = sum(meant.changed for meant in lineage.tensors.values())
+        return Verified(changed, len(lineage.tensors) - changed, 0)
     try:
         model, quantizer = prepared(artifact, artifact.config.get("quantization_config"), run)
         original = None
@@ -74,10 +80,12 @@ def verify_weights(
         raise VerificationError(f"stock transformers does not load it: {error.message}", _HINT) from error
 
 
-def _calibrated(use: str) -> bool:
-    from compress.core.passes import find
-
-    return find(use).calibrated
+def _calibrated(step: StepRecord) -> bool:
+    """Whether the layers of a step saw data: its method's word, or that of the method which did the work."""
+    kind = find(step.use)
+    if issubclass(kind, Delegating):
+        return kind(**step.options).delegate.calibrated
+    return kind.calibrated
 
 
 def prepared(source: Artifact, quantization: Mapping[str, Any] | None, run: Run) -> tuple[Any, Any]:
@@ -101,11 +109,12 @@ def prepared(source: Artifact, quantization: Mapping[str, Any] | None, run: Run)
         quantizer.validate_environment(device_map=None, weights_only=True)
         # The library draws a bar for the layout of the modules, which is done in a moment.
         with quiet(), contextlib.redirect_stderr(io.StringIO()), torch.device("meta"):
-            quantizer.preprocess_model(model=model, dtype=dtype)
+            quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
         # transformers initialises what a checkpoint leaves out, and some models' own code for it reaches
         # for weights that are packed. A skeleton counts as initialised, until it is unmarked.
         for module in model.modules():
-            module._is_hf_initialized = False
+            # A layer of bitsandbytes holds bytes under the name of a weight: the loader leaves it alone.
+            module._is_hf_initialized = is_layer(module)
         model.initialize_weights()
     except (AttributeError, TypeError, ValueError, RuntimeError, ImportError) as error:
         raise PlanError(
@@ -209,7 +218,14 @@ class _Verification:
         owners = {target.rpartition(".")[0] for target in targets}
         for owner in sorted(owners):
             module = self.model.get_submodule(owner)
-            if getattr(module, "quantization_scheme", None) is not None:
+            dense = dequantized(module, self.model.dtype)
+            if dense is not None:
+                # What belongs to the weight has the same target.
+                parts = [name for name in names if self.checkpoint.target[name] == f"{owner}.weight"]
+                yield next(name for name in parts if name.endswith(".weight")), dense
+                forget(module)
+                return_freed()
+            elif getattr(module, "quantization_scheme", None) is not None:
                 yield self._float_name(owner, names), _decompressed(module)
                 # A block of dense weights is several times the packed one.
                 self.checkpoint.release(owner)

@@ -80,8 +80,12 @@ class Walk:
         with Reentry(self.model, self.blocks, self.device) as reentry:
             yield reentry
 
-    def calibration(self) -> Activations | None:
-        """The calibration batches at the start of the model; ``None`` where the run has none."""
+    def calibration(self, *, original: bool = False) -> Activations | None:
+        """The calibration batches at the start of the model; ``None`` where the run has none.
+
+        Args:
+            original: whether the activations of the original model are kept beside the compressed ones.
+        """
         if self.run.calibration is None:
             return None
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
@@ -90,7 +94,7 @@ class Walk:
         if not self.run.calibration.text.endswith(".safetensors"):
             words = tokenizer(self.source, trust_remote_code=self.run.trust_remote_code)
         drawn = draw(self.run.calibration, words, self.run.seed, vocabulary)
-        return Activations(drawn.tokens, self.run.calibration.batch_size)
+        return Activations(drawn.tokens, self.run.calibration.batch_size, original=original)
 
     # -- what lies outside the blocks ----------------------------------------------------------------
 

@@ -68,6 +68,14 @@ class Identity(Treatment):
     def staged(self) -> bool:
         return self._staged
 
+    @property
+    def original(self) -> bool:
+        return False
+
+    @property
+    def joint(self) -> None:
+        return None
+
     def statistic(self, columns: int, device: torch.device) -> Statistic:
         return RowCount(columns)
 

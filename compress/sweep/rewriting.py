@@ -1,0 +1,93 @@
+"""Writing the shard of a unit some of whose float tensors have new values of the same shape."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from compress.core.errors import ModelError
+from compress.core.passes import Meant
+from compress.formats.shards import shard_name, write_shard
+from compress.models.load import loaded_dtype
+from compress.numerics.fingerprint import fingerprint
+from compress.sweep.unit import UnitRecord
+from compress.sweep.walk import Walk
+
+_SAME = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""How far, relative to the largest value, two ways to compute the same may be apart."""
+
+
+def agree(before: torch.Tensor, after: torch.Tensor, compute: torch.dtype) -> tuple[bool, str]:
+    """Whether two results are the same but for rounding, and how far they are apart in words.
+
+    Args:
+        compute: precision in which they were computed.
+    """
+    before, after = before.float().cpu(), after.float().cpu()
+    distance, size = float((after - before).abs().max()), float(before.abs().max())
+    # NaN does not agree.
+    same = distance <= _SAME.get(compute, 1e-4) * max(size, 1e-6)
+    return same, f"{distance:.3g} away from itself, where its values reach {size:.3g}"
+
+
+def write_rewritten(
+    walk: Walk,
+    position: int,
+    names: Sequence[str],
+    rewrite: Callable[[str, torch.Tensor], torch.Tensor | None],
+    layers: list[dict[str, Any]],
+    added: Mapping[str, torch.Tensor] | None = None,
+) -> UnitRecord:
+    """Write one shard: changed tensors changed, all others byte for byte.
+
+    Args:
+        position: of the unit.
+        names: on disk, of everything in the unit.
+        rewrite: the new values of a tensor, by the name of its parameter and the tensor as it is on disk;
+            ``None`` where it stays. They are written in the precision of the tensor.
+        layers: rows for the table of layers.
+        added: tensors that the source does not have, by the names that they get.
+
+    Raises:
+        ModelError: a new value is beyond the precision in which it is written.
+    """
+    checkpoint, run, added = walk.checkpoint, walk.run, added or {}
+    storage = loaded_dtype(walk.source)
+    file = shard_name(position, len(walk.blocks) + 1)
+    layout = {name: (checkpoint.dtype(name), checkpoint.shape(name)) for name in names}
+    layout |= {name: (storage, tuple(tensor.shape)) for name, tensor in added.items()}
+    meant: dict[str, Meant] = {}
+
+    def bring(name: str) -> torch.Tensor:
+        tensor = None if name in added else checkpoint.tensor(name)
+        changed = added[name] if tensor is None else rewrite(checkpoint.target[name], tensor)
+        if changed is None:
+            if tensor is None:
+                raise ValueError(f"{name} is neither on disk nor new")
+            meant[name] = Meant(fingerprint(tensor), False)
+            return tensor
+        written = changed.to(layout[name][0])
+        if not bool(torch.isfinite(written).all()):
+            raise ModelError(
+                f"{name} would leave the range of {written.dtype}", "convert the model to bfloat16 first"
+            )
+        error = 0.0 if tensor is None else _distance(tensor, written)
+        # A loader sees the values in the precision that the configuration names.
+        meant[name] = Meant(fingerprint(written.to(storage)), True, error)
+        return written
+
+    size = write_shard(
+        walk.target / file,
+        layout,
+        bring,
+        lambda name: run.reporter.event("shard.tensor", file=file, tensor=name),
+    )
+    return UnitRecord(file, sorted(layout), size, dict(sorted(meant.items())), layers)
+
+
+def _distance(before: torch.Tensor, after: torch.Tensor) -> float:
+    """Relative Frobenius distance."""
+    whole = float(before.float().square().sum(dtype=torch.float64))
+    lost = float((after.float().cpu() - before.float()).square().sum(dtype=torch.float64))
+    return math.sqrt(lost / whole) if whole else math.sqrt(lost)
