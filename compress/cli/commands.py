@@ -1,4 +1,4 @@
-"""The commands that are not methods: run, bench, inspect, verify, methods, schema.
+"""The commands that are not methods: run, bench, convert, inspect, verify, methods, schema.
 
 Torch is imported inside the functions that need it, never to show a help page.
 """
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.cli import from_pass
+from compress.cli import conversion, from_pass
 from compress.cli.flags import FlagCommand, model_flags, part, with_flags
 from compress.cli.start import (
     DATA_FIELDS,
@@ -172,6 +172,35 @@ def bench_verdict(
     document = {"event": "result", **measured_document(judged)}
     output.say(measured_text(judged), {**document, "exit_code": judged.exit_code})
     return judged.exit_code
+
+
+@fixed.command(
+    cls=FlagCommand,
+    options_metavar="--to FORMAT --out DIR [FLAGS]",
+    short_help="write a model in the format of another engine, nothing rounded",
+    epilog="Examples:\n"
+    "  compress convert MODEL --to gptq --out DIR\n"
+    "  compress convert MODEL --to awq --out DIR --plan\n"
+    "  compress convert MODEL --to gguf --out DIR --type f16\n"
+    "  compress convert MODEL --to onnx --out DIR --accuracy-level 0",
+)
+@with_flags(*conversion.FLAGS, *model_flags(Recipe, "Run", RUN_FIELDS))
+def convert(
+    model: Annotated[str, typer.Argument(help=from_pass.MODEL)],
+    to: Annotated[str, typer.Option(metavar=conversion.METAVAR, help="the format", rich_help_panel="Method")],
+    choice: RunChoice,
+    output: Output,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="folder of the result", rich_help_panel="Run")
+    ] = None,
+    **given: Any,
+) -> int:
+    """Write a model in the format of another engine: the same integers, or the same floats.
+
+    Integers are those that a quantize pass made. What a format cannot hold exactly is refused, with the
+    layer's name. It is the export method of the format (`--print-recipe` shows it), run the same way.
+    """
+    return start(conversion.recipe_of(to, model, given), out, choice, output, single=True)
 
 
 @fixed.command(

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from compress.core.passes import Pass, find, name_of
+from compress.core.passes import Delegating, Pass, find, name_of
 
 # Libraries whose version may change the bytes of a result.
 _LIBRARIES = ("torch", "transformers", "compressed-tensors", "tokenizers", "safetensors")
@@ -17,12 +17,15 @@ _LIBRARIES = ("torch", "transformers", "compressed-tensors", "tokenizers", "safe
 
 def step_key(parent: str, method: Pass, circumstances: Mapping[str, Any]) -> str:
     """SHA-256 over the parent's digest, the pass with all options, and the circumstances of the run."""
+    code = [code_digest(type(method))]
+    if isinstance(method, Delegating):
+        code.append(code_digest(type(method.delegate)))
     document = {
         "parent": parent,
         "use": name_of(method),
         "options": method.model_dump(mode="json"),
         "circumstances": dict(circumstances),
-        "code": code_digest(type(method)),
+        "code": code,
         "libraries": libraries(),
         "machine": platform.machine(),
     }
@@ -48,7 +51,10 @@ def code_digest(method: type[Pass]) -> str:
     The command line and the benchmark read results and do not make them.
     """
     root = Path(__file__).resolve().parent.parent
-    rooms = ("core", "numerics", "models", "data", "formats", "graph", "sweep", "training", "runtimes")
+    rooms = (
+        *("core", "numerics", "models", "data", "formats", "graph"),
+        *("sweep", "training", "runtimes", "conversion"),
+    )
     family, _, own = name_of(method).partition(".")
     files = [file for room in rooms for file in sorted((root / room).rglob("*.py"))]
     files.append(root / family / f"{own}.py")

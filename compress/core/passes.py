@@ -120,6 +120,49 @@ class Pass(BaseModel, ABC):
         """
 
 
+class Delegating(Pass):
+    """A pass that finds out options and lets another pass do the work with them."""
+
+    @property
+    @abstractmethod
+    def delegate(self) -> Pass:
+        """The other pass, with any options: its code belongs to the key of this one.
+
+        Raises:
+            UsageError: there is no such pass.
+        """
+
+
+class Expanding(Pass):
+    """A pass that stands for others, one after the other, which are planned and run in its place.
+
+    Each of them is a step with an artifact, a key and a place in the lineage of its own.
+    """
+
+    @abstractmethod
+    def expand(self) -> tuple[Pass, ...]:
+        """The passes that it stands for, in order; two or more, none of which expands.
+
+        Raises:
+            UsageError: an option does not fit one of them.
+        """
+
+    def check(self, source: "Artifact", run: "Run") -> Needs:
+        """What the first of the passes says of the source; the others see what it leaves."""
+        return self.expand()[0].check(source, run)
+
+    def apply(self, source: "Artifact", target: Path, run: "Run") -> Outcome:
+        """Refused: one folder cannot hold the artifacts of several passes.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            f"{name_of(self)} stands for {' and '.join(map(name_of, self.expand()))}",
+            "run it as a step of a recipe (compress.engine.run), or apply these one after the other",
+        )
+
+
 @cache
 def _own_names() -> dict[str, str]:
     """Names of our own methods to module paths, from the files that exist."""

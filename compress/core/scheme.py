@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Range = Literal["narrow", "full"]
+Bits = Literal[2, 3, 4, 5, 6, 8]
+"""Numbers of bits that rounders offer."""
 
 
 @dataclass(frozen=True)

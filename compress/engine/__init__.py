@@ -1,5 +1,6 @@
 """The engine: plan a recipe, run it, resume it, verify what it wrote."""
 
+from compress.engine.analysis import sensitivity
 from compress.engine.examination import Finding, examine
 from compress.engine.execution import RunResult, execute, run
 from compress.engine.inspection import VerificationReport, inspect, verify
@@ -16,5 +17,6 @@ __all__ = [
     "inspect",
     "plan",
     "run",
+    "sensitivity",
     "verify",
 ]

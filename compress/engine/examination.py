@@ -19,6 +19,9 @@ EXTRAS: Final[Mapping[str, str]] = {
     "lm-eval": "tasks of lm-evaluation-harness by name, as suites",
     "onnx": "export to ONNX, and ONNX Runtime on processors",
     "onnx-gpu": "the same with ONNX Runtime for NVIDIA's GPUs, in place of the extra onnx",
+    "bitsandbytes": "8 and 4 bits in the formats of bitsandbytes",
+    "plot": "pictures of analyses: compress analyze sensitivity --plot FILE",
+    "gguf": "export to GGUF, for llama.cpp",
     "gpu": "what a GPU says of its clocks, its memory and who else is on it",
 }
 """What each extra adds; ``dev`` is for those who work on compress itself."""

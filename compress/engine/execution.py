@@ -22,7 +22,7 @@ from compress.core.passes import find
 from compress.core.recipe import Recipe
 from compress.core.run import RESUMABLE, Run
 from compress.engine.planning import PLAN_FILE, Plan, PlannedStep, plan
-from compress.engine.steps import finished, identified, step_circumstances, step_run
+from compress.engine.steps import finished, identified, intermediates, step_circumstances, step_run
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,12 @@ def execute(planned: Plan) -> RunResult:
         for step in planned.steps:
             current = _step(planned, step, current)
         artifacts = [step.target.path for step in planned.steps if step.target.path.is_dir()]
-        if planned.recipe.keep == "last":
+        if planned.recipe.keep == "last" or planned.single:
             for path in artifacts[:-1]:
                 shutil.rmtree(path)
             artifacts = artifacts[-1:]
+        if planned.single and intermediates(planned.folder).is_dir():
+            shutil.rmtree(intermediates(planned.folder))
         results = _measure(planned, artifacts)
     exit_code = int(results.exit_code) if results is not None else 0
     return RunResult(artifacts, current.path, results, exit_code, nothing_to_do)

@@ -14,8 +14,8 @@ from compress.core.errors import EnvironmentFault, PlanError
 from compress.core.events import SILENT, Reporter
 from compress.core.facts import MEANING, Fact
 from compress.core.identity import step_key
-from compress.core.passes import Needs, Pass, name_of
-from compress.core.recipe import Recipe
+from compress.core.passes import Expanding, Needs, Pass, name_of
+from compress.core.recipe import Recipe, Step
 from compress.core.run import CalibrationSource, Device, Run, TrainingSource
 from compress.core.target import Target
 from compress.engine.steps import finished, identified, step_circumstances, step_run, step_target
@@ -121,6 +121,8 @@ def plan(
 
     source = Artifact.open(resolve(recipe.model, trust_remote_code=recipe.trust_remote_code))
     _check_chain(recipe, source)
+    given, recipe = recipe, expanded(recipe)
+    _check_chain(recipe, source)
     folder = Target(out or RUNS_FOLDER / source.path.resolve().name, "compress.json" if single else PLAN_FILE)
     folder.claim()
     run = _circumstances(recipe, reporter)
@@ -136,7 +138,20 @@ def plan(
     _check_other_models(recipe, source, run)
     steps = _planned(recipe, source, folder, run, single=single, fresh=fresh)
     _check_machine(steps, folder, reporter)
-    return Plan(recipe, source, steps, folder, single, run, reporter, fresh)
+    return Plan(given, source, steps, folder, single, run, reporter, fresh)
+
+
+def expanded(recipe: Recipe) -> Recipe:
+    """The recipe with every pass that stands for others replaced by them.
+
+    Raises:
+        UsageError: options of such a pass do not fit the ones that it stands for.
+    """
+    steps: list[Step] = []
+    for step in recipe.steps:
+        method = step.built()
+        steps += map(Step.of, method.expand()) if isinstance(method, Expanding) else [step]
+    return recipe.model_copy(update={"steps": tuple(steps)})
 
 
 def _check_chain(recipe: Recipe, source: Artifact) -> None:

@@ -70,9 +70,15 @@ def step_circumstances(method: Pass, source: Artifact, run: Run) -> dict[str, An
 
 def step_target(folder: Target, index: int, use: str, count: int, *, single: bool) -> Target:
     """Where the artifact of step ``index`` of ``count`` lies: in a folder of the run, or alone."""
-    last = index == count - 1
-    path = folder.path if single and last else folder.path / f"{index + 1:02d}-{use}"
-    return Target(path, "compress.json")
+    if single and index == count - 1:
+        return Target(folder.path, "compress.json")
+    above = intermediates(folder) if single else folder.path
+    return Target(above / f"{index + 1:02d}-{use}", "compress.json")
+
+
+def intermediates(folder: Target) -> Path:
+    """Where the artifacts before the last lie while a run whose folder is that of the last goes on."""
+    return folder.path.with_name(f".{folder.path.name}.steps")
 
 
 def finished(target: Target, key: str | None) -> Artifact | None:

@@ -98,6 +98,7 @@ class Reentry:
         self._current = -1
         self._recording = Recording()
         self._output: Any = None
+        self._onward = False
         sizes = Counter(block.stack for block in blocks)
         self._alone = {block.position for block in blocks if sizes[block.stack] == 1}
 
@@ -110,28 +111,53 @@ class Reentry:
         for block in self._blocks:
             del block.module.forward
 
-    def run(self, position: int, batch: Mapping[str, torch.Tensor], recording: Recording) -> Any:
+    def run(
+        self,
+        position: int,
+        batch: Mapping[str, torch.Tensor],
+        recording: Recording,
+        *,
+        gradients: bool = False,
+    ) -> Any:
         """The output of one block for one batch, with the blocks before it replayed from the recording.
 
         ``position`` equal to the number of blocks replays them all and returns the model's own output.
 
+        Args:
+            gradients: whether the output can be differentiated by the parameters that require it.
+
         Raises:
             ModelError: the model never called the block, or not in order.
         """
-        self._current, self._recording, self._output = position, recording, None
+        self._current, self._recording, self._output, self._onward = position, recording, None, False
         inputs = {name: tensor.to(self._device) for name, tensor in batch.items()}
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             try:
                 output = self._model(**inputs, **self._without_cache())
             except _Stop:
-                return self._output
+                return self._taken()
         if position < len(self._blocks):
             if self._output is not None:
-                return self._output
+                return self._taken()
             raise ModelError(
                 f"the model never ran its block {self._blocks[position].name}",
                 "leave the stack out, or give inputs that reach it",
             )
+        return output
+
+    def finish(self, position: int, batch: Mapping[str, torch.Tensor], recording: Recording) -> Any:
+        """The model's own output for one batch, with the blocks before one replayed from the recording.
+
+        The block and all that follow run as they are, so they have to be in memory.
+        """
+        self._current, self._recording, self._output, self._onward = position, recording, None, True
+        inputs = {name: tensor.to(self._device) for name, tensor in batch.items()}
+        with torch.no_grad():
+            return self._model(**inputs, **self._without_cache())
+
+    def _taken(self) -> Any:
+        """The output of the block; what is not held here is free as soon as the caller lets it go."""
+        output, self._output = self._output, None
         return output
 
     def advance(self, position: int, batch: Mapping[str, torch.Tensor], recording: Recording) -> None:
@@ -152,6 +178,8 @@ class Reentry:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if block.position < self._current:
                 return self._replay(block)
+            if self._onward:
+                return original(*args, **kwargs)
             if block.position > self._current:
                 if self._output is not None:
                     raise _Stop
@@ -176,6 +204,15 @@ class Reentry:
             for extra in self._recording.extras[block.position]
         )
         return (hidden, *extras)
+
+
+def hidden_state(output: Any) -> torch.Tensor:
+    """The hidden state ``[sequences, length, width]`` in what a block returned.
+
+    Raises:
+        ModelError: there is none.
+    """
+    return _split(output)[0]
 
 
 def _split(output: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:

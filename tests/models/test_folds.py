@@ -1,0 +1,144 @@
+"""Folds found by probing leave a model's function as it is, and none that is known is missed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.core.artifact import Artifact
+from compress.models.fold_search import find_folds
+from compress.models.folds import Fold, Folds, Rescaling
+from compress.models.load import skeleton
+from tests import models_zoo
+from tests.prune.test_width import write
+from tests.transform.test_smoothquant import loaded, outputs
+
+_ATTENTION = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
+_GATED = {"mlp.gate_proj", "mlp.up_proj"}
+_LLAMA = {
+    "input_layernorm": _ATTENTION,
+    "post_attention_layernorm": _GATED,
+    "self_attn.v_proj": {"self_attn.o_proj"},
+    "mlp.up_proj": {"mlp.down_proj"},
+}
+_GEMMA = {**_LLAMA, "pre_feedforward_layernorm": _GATED}
+del _GEMMA["post_attention_layernorm"]
+KNOWN: dict[str, dict[str, set[str]]] = {
+    "llama": _LLAMA,
+    "llama-tied": _LLAMA,
+    "qwen2-sliding": _LLAMA,
+    "qwen3": _LLAMA,
+    "mistral": _LLAMA,
+    # Norms behind the layers multiply what goes into the residual stream.
+    "gemma2": _GEMMA,
+    "gemma3": _GEMMA,
+    # What follows a GELU takes no factor.
+    "gpt2": {"ln_1": {"attn.c_attn"}, "ln_2": {"mlp.c_fc"}, "attn.c_attn": {"attn.c_proj"}},
+    # A ReLU lets positive factors through.
+    "opt": {
+        "self_attn_layer_norm": _ATTENTION,
+        "final_layer_norm": {"fc1"},
+        "self_attn.v_proj": {"self_attn.out_proj"},
+        "fc1": {"fc2"},
+    },
+    "gpt-neox": {
+        "input_layernorm": {"attention.query_key_value"},
+        "post_attention_layernorm": {"mlp.dense_h_to_4h"},
+        "attention.query_key_value": {"attention.dense"},
+    },
+    # One norm feeds attention and MLP side by side.
+    "phi": {"input_layernorm": {*_ATTENTION, "mlp.fc1"}, "self_attn.v_proj": {"self_attn.dense"}},
+    "phi3": {
+        "input_layernorm": {"self_attn.qkv_proj"},
+        "post_attention_layernorm": {"mlp.gate_up_proj"},
+        "self_attn.qkv_proj": {"self_attn.o_proj"},
+        "mlp.gate_up_proj": {"mlp.down_proj"},
+    },
+    "bert": {"attention.self.value": {"attention.output.dense"}},
+    "distilbert": {"attention.v_lin": {"attention.out_lin"}},
+    "albert": {"albert_layers.0.attention.value": {"albert_layers.0.attention.dense"}},
+}
+
+
+def found_in(folder: Path) -> Folds:
+    return find_folds(skeleton(Artifact.open(folder), dtype=torch.float64))
+
+
+def put(model: Any, folds: tuple[Fold, ...], seed: int = 0) -> None:
+    """Random factors in all folds of a model."""
+    generator = torch.Generator().manual_seed(seed)
+    changes: dict[str, Rescaling] = {}
+    for fold in folds:
+        scales = torch.rand(len(fold.rows), generator=generator, dtype=torch.float64) * 3 + 0.25
+        for name, change in fold.rescalings(model, scales).items():
+            changes[name] = changes[name].joined(change) if name in changes else change
+    with torch.no_grad():
+        for name, change in changes.items():
+            parameter = model.get_parameter(name)
+            parameter.copy_(change.of(parameter))
+
+
+@pytest.mark.parametrize("name", [*models_zoo.CONFIGURATIONS, "distilbert", "phi3"])
+def test_random_factors_leave_the_function_as_it_is(name: str, tmp_path: Path) -> None:
+    folder = write(name, tmp_path)
+    found = found_in(folder)
+    model = loaded(folder, torch.float64)
+    before = outputs(model)
+    put(model, found.folds)
+    after = outputs(model)
+    # Norms and softmaxes compute in single precision inside some models, whatever comes in.
+    assert float((before - after).abs().max()) <= 1e-5 * float(before.abs().max())
+    readers = {f"{fold.block}.{reader.layer}" for fold in found.folds for reader in fold.readers}
+    assert not readers & set(found.unfolded)
+    if name in KNOWN:
+        blocks = sorted({fold.block for fold in found.folds})
+        for block in blocks:
+            here = {f.producer: {r.layer for r in f.readers} for f in found.folds if f.block == block}
+            assert here == KNOWN[name]
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "opt"])
+def test_it_is_exact_where_the_model_computes_in_double_precision(name: str, tmp_path: Path) -> None:
+    folder = write(name, tmp_path)
+    model = loaded(folder, torch.float64)
+    before = outputs(model)
+    linear = tuple(fold for fold in found_in(folder).folds if fold.kind == "linear")
+    put(model, linear)
+    assert float((before - outputs(model)).abs().max()) <= 1e-6 * float(before.abs().max())
+
+
+def test_values_shared_by_several_heads_have_one_factor(tmp_path: Path) -> None:
+    fold = next(f for f in found_in(write("llama", tmp_path)).folds if f.producer == "self_attn.v_proj")
+    # Four heads of eight columns over two of values.
+    expected = torch.arange(32) // 16 * 8 + torch.arange(32) % 8
+    assert torch.equal(fold.rows, torch.arange(16))
+    assert torch.equal(fold.readers[0].channels, expected)
+
+
+def test_fused_projections_give_their_values_alone(tmp_path: Path) -> None:
+    folds = found_in(write("gpt-neox", tmp_path)).folds
+    fold = next(f for f in folds if f.producer == "attention.query_key_value")
+    # Query, key and value of a head lie one after the other.
+    assert torch.equal(fold.rows, torch.cat([torch.arange(8) + 24 * head + 16 for head in range(4)]))
+    assert torch.equal(fold.readers[0].channels, torch.arange(32))
+
+
+def test_a_norm_that_adds_one_is_told(tmp_path: Path) -> None:
+    folds = found_in(write("gemma2", tmp_path)).folds
+    assert {f.producer: dict(f.offsets) for f in folds if f.kind == "norm"} == {
+        "input_layernorm": {"weight": 1.0},
+        "pre_feedforward_layernorm": {"weight": 1.0},
+    }
+    weight = torch.tensor([0.5, -1.0, 0.0])
+    divided = Rescaling({0: torch.tensor([0.5, 2.0, 4.0])}, 1.0).of(weight)
+    torch.testing.assert_close(1 + divided, (1 + weight) * torch.tensor([0.5, 2.0, 4.0]))
+
+
+def test_what_cannot_take_a_factor_is_named_with_the_reason(tmp_path: Path) -> None:
+    gelu = found_in(write("gpt2", tmp_path)).unfolded
+    assert gelu["transformer.h.0.mlp.c_proj"] == "mlp.c_fc reaches it by more than a product"
+    after = found_in(write("bert", tmp_path)).unfolded
+    assert "also feeds what lies beyond its block" in after["encoder.layer.0.intermediate.dense"]
+    first = found_in(write("modernbert", tmp_path)).unfolded
+    assert first["layers.0.attn.Wqkv"] == "nothing in its block scales its input"
