@@ -277,7 +277,7 @@ def test_bad_texts(place: Place, capsys: pytest.CaptureFixture[str], case: str) 
         (["quantise", "rtn"], "unknown command"),
         (["quantize", "rtm"], "unknown command"),
         (["quantize", "rtn", "{model}", "--out", "{out}", "--bit", "4"], "unknown flag '--bit'"),
-        (["quantize", "rtn", "{model}", "--out", "{out}", "--bits", "5"], "bits"),
+        (["quantize", "rtn", "{model}", "--out", "{out}", "--bits", "7"], "bits"),
         (["quantize", "rtn", "{model}", "--out", "{out}", "--bits", "four"], "bits"),
         (["quantize", "rtn", "{model}", "--out", "{out}", "--group-size", "0"], "group"),
         (["quantize", "rtn", "{model}", "--out", "{out}", "--task", "text-generatoin"], "task"),

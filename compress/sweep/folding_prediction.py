@@ -11,7 +11,7 @@ from compress.core.run import Run
 from compress.models.blocks import Block
 from compress.models.checkpoint import Checkpoint
 from compress.sweep.matrices import Matrix
-from compress.sweep.prediction import _rate, predict_masking
+from compress.sweep.prediction import predict_masking, rate
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def predict_folding(
     widest = max(layer.matrix.columns for layer in layers)
     # The second moments of one input, and the product of an error with them.
     moments = 4 * 2 * widest**2
-    seconds = needs.seconds + operations / _rate(torch.device(run.device))
+    seconds = needs.seconds + operations / rate(torch.device(run.device))
     if run.device == "cpu":
         return replace(needs, host_bytes=needs.host_bytes + moments, seconds=seconds)
     return replace(needs, device_bytes=needs.device_bytes + moments, seconds=seconds)

@@ -65,7 +65,7 @@ def predict(
             # Going back costs twice what going forward does.
             operations += 2 * body * (3 * rounder.work.steps * batch + (rounder.work.looks + 1) * tokens)
             working += _joint_bytes(rounder, selection, batch, compute)
-        seconds = operations / _rate(torch.device(run.device))
+        seconds = operations / rate(torch.device(run.device))
     host = IMPORT_BYTES + recordings + (working if run.device == "cpu" else compute * largest)
     disk = packed + copied + 2 * recordings
     # Reading, writing and reading again to verify, at a disk that gives 500 MB a second.
@@ -144,7 +144,7 @@ def predict_whole(
     body = sum(matrix.rows * matrix.columns for matrix in selection.schemes)
     # Three parts of four matrices share an input with another; a part is followed by half of the blocks.
     parts = len({(m.module, m.parameter) for m in selection.schemes}) / 2
-    seconds = parts * choices * tokens * body / _rate(torch.device(run.device))
+    seconds = parts * choices * tokens * body / rate(torch.device(run.device))
     on_host = run.device == "cpu"
     return Needs(
         needs.disk_bytes,
@@ -174,7 +174,7 @@ def _dense(
     if run.calibration is not None:
         tokens = run.calibration.samples * run.calibration.sequence_length
         recordings = tokens * int(model.get_input_embeddings().weight.shape[1]) * compute
-        seconds += passes * 2 * tokens * body / _rate(torch.device(run.device))
+        seconds += passes * 2 * tokens * body / rate(torch.device(run.device))
     on_host = run.device == "cpu"
     host = IMPORT_BYTES + recordings + (working if on_host else compute * _largest(blocks))
     return Needs(disk + 2 * recordings, host, 0 if on_host else working + recordings, seconds)
@@ -188,7 +188,7 @@ def _bytes(checkpoint: Checkpoint, name: str) -> int:
     return checkpoint.dtype(name).itemsize * torch.Size(checkpoint.shape(name)).numel()
 
 
-def _rate(device: torch.device) -> float:
+def rate(device: torch.device) -> float:
     """Floating-point operations a second of a float32 matrix product, timed for about a tenth of a second."""
     size = 512
     left = torch.ones(size, size, device=device)

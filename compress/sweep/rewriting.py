@@ -89,5 +89,5 @@ def write_rewritten(
 def _distance(before: torch.Tensor, after: torch.Tensor) -> float:
     """Relative Frobenius distance."""
     whole = float(before.float().square().sum(dtype=torch.float64))
-    lost = float((after.float().cpu() - before.float()).square().sum(dtype=torch.float64))
+    lost = float((after.detach().float().cpu() - before.float()).square().sum(dtype=torch.float64))
     return math.sqrt(lost / whole) if whole else math.sqrt(lost)

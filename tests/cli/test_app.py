@@ -93,13 +93,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["quantise"], "unknown command 'compress quantise'", "did you mean 'quantize'?"),
         (["quantize", "rtm"], "unknown command 'compress quantize rtm'", "did you mean 'rtn'?"),
-        (["xyzzy"], "unknown command 'compress xyzzy'", "known: bench, bench verdict, distill"),
+        (["xyzzy"], "unknown command 'compress xyzzy'", "known: analyze sensitivity, bench"),
         (["quantize", "rtn", "m", "--bit", "3"], "unknown flag '--bit'", "did you mean '--bits'?"),
         (["quantize", "rtn", "m", "--group_size", "3"], "unknown flag '--group_size'", "'--group-size'"),
         (["quantize", "rtn", "m", "--xyzzy"], "unknown flag '--xyzzy'", "compress quantize rtn --help"),
         (["quantize", "rtn"], "'compress quantize rtn' needs MODEL", "compress quantize rtn --help"),
         (["quantize", "rtn", "m"], "'compress quantize rtn' needs --out DIR", "--plan"),
-        (["quantize", "rtn", "m", "--bits", "5", "--out", "x"], "quantize.rtn: bits: Input should be", ""),
+        (["quantize", "rtn", "m", "--bits", "7", "--out", "x"], "quantize.rtn: bits: Input should be", ""),
         (["quantize", "rtn", "m", "--samples", "few", "--out", "x"], "data.samples: Input should be", ""),
         (["run", "no/such.yaml"], "no recipe at no/such.yaml", "recipes/"),
         (
@@ -128,7 +128,8 @@ def test_a_wrong_command_is_one_line_a_hint_and_exit_code_two(
 def test_a_family_without_methods_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "names", lambda: ["quantize.rtn"])
+    for known in ("names", "own_names"):
+        monkeypatch.setattr(app, known, lambda: ["quantize.rtn"])
     assert app.main(["transform", "rotate"]) == 2
     assert "error: there is no transform method" in capsys.readouterr().err
 

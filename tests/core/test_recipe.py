@@ -141,7 +141,7 @@ def test_settings_come_before_the_check_so_that_a_file_may_leave_things_open() -
         ("steps.0.bits.x=3", "'steps.0.bits' is 3, which has no 'x'", ""),
         ("steps.0.bits", "is not PATH=VALUE", "write, say, --set steps.0.bits=3"),
         ("=3", "is not PATH=VALUE", "write, say, --set steps.0.bits=3"),
-        ("steps.0.bits=5", "steps.0: quantize.rtn: bits: Input should be 2, 3, 4 or 8; got 5", ""),
+        ("steps.0.bits=7", "steps.0: quantize.rtn: bits: Input should be 2, 3, 4, 5, 6 or 8; got 7", ""),
         ("data.samples=0", "data.samples: Input should be greater than 0; got 0", ""),
         ("data.calibration=[", "setting 'data.calibration':1: not YAML", "check the indentation"),
     ],
@@ -233,7 +233,7 @@ def test_the_schema_is_a_schema_and_takes_what_the_reader_takes() -> None:
     [
         "model: m\nsteps: [{use: quantize.rtm}]",
         "model: m\nsteps: [{use: quantize.rtn, bit: 3}]",
-        "model: m\nsteps: [{use: quantize.rtn, bits: 5}]",
+        "model: m\nsteps: [{use: quantize.rtn, bits: 7}]",
         "model: m\nsteps: [{bits: 4}]",
         "model: m\nsteps: []",
         "steps: [{use: quantize.rtn}]",

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "mixtral", "gemma3"])
-@pytest.mark.parametrize("method", ["quantize.rtn", "quantize.gptq"])
+@pytest.mark.parametrize("method", ["quantize.rtn", "quantize.hqq", "quantize.gptq", "quantize.autoround"])
 def test_a_gpu_run_verifies_and_is_as_good_as_on_a_cpu(name: str, method: str, tmp_path: Path) -> None:
     model = models_zoo.write(name, tmp_path)
     save_file({"input_ids": models_zoo.tokens(64, 32)}, tmp_path / "tokens.safetensors")
