@@ -85,7 +85,7 @@ class Turns:
                 return {f"{layer}.weight": weight @ self.matrix}
         transposed = input_dimension(module) == 0
         matrix = weight.mT if transposed else weight
-        bias = module.bias.float() if module.bias is not None else None
+        before = bias = module.bias.float() if module.bias is not None else None
         with full_precision():
             if layer in self._readers:
                 matrix, bias = self._reading(layer, matrix, bias)
@@ -99,7 +99,8 @@ class Turns:
                 matrix = _columns_turned(matrix.mT, rows, self._by_size).mT
                 bias = None if bias is None else _columns_turned(bias.unsqueeze(0), rows, self._by_size)[0]
         new = {f"{layer}.weight": (matrix.mT if transposed else matrix).contiguous()}
-        return new if bias is None else {**new, f"{layer}.bias": bias}
+        # The bias of a layer that only reads stays as it is, where no norm adds to what it reads.
+        return new if bias is None or bias is before else {**new, f"{layer}.bias": bias}
 
     @torch.no_grad()
     def of_norm(self, norm: Fold) -> dict[str, torch.Tensor]:
