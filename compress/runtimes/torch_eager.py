@@ -7,6 +7,7 @@ faster nor smaller in memory than the float model. Its accuracy is the one that 
 import json
 import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, final
 
@@ -66,6 +67,8 @@ def load_model(artifact: Artifact, task: Task, placement: Placement) -> tuple[An
     mixed = False
     if quantization is not None:
         method = quantization.get("quant_method")
+        if method == "bitsandbytes":
+            return _with_bitsandbytes(artifact, task, placement, dtype)
         if method != "compressed-tensors":
             raise Unavailable(f"torch-eager does not run '{method}' models")
         facts["runs"] = "dense, dequantized while loading"
@@ -82,6 +85,17 @@ def load_model(artifact: Artifact, task: Task, placement: Placement) -> tuple[An
         with quiet():
             compressor.decompress_model(model)
     return model.to(device=device, dtype=dtype).eval(), facts
+
+
+def _with_bitsandbytes(
+    artifact: Artifact, task: Task, placement: Placement, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """A model on the kernels of bitsandbytes, which put it on its device while it is loaded."""
+    if find_spec("bitsandbytes") is None:
+        raise Unavailable("models of bitsandbytes need the extra compress-models[bitsandbytes]")
+    arguments = {"dtype": dtype, "device_map": {"": chosen_device(placement.device)}}
+    model = _from_pretrained(artifact, task, arguments, trust_remote_code=placement.trust_remote_code)
+    return model.eval(), {"runs": "packed, by the kernels of bitsandbytes"}
 
 
 def _schemes(quantization: Mapping[str, Any]) -> set[str]:

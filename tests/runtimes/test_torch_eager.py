@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+from compress import engine
 from compress.core.artifact import Artifact
 from compress.core.errors import ModelError, UsageError
 from compress.models.tasks import resolve
@@ -129,7 +131,23 @@ def test_other_formats_are_not_available(tmp_path: Path) -> None:
     folder = models_zoo.write("llama", tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "quanto"}})
+    )
+    with pytest.raises(Unavailable, match="'quanto'"):
+        session(folder)
+    (folder / "config.json").write_text(
         json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
     )
-    with pytest.raises(Unavailable, match="'gptq'"):
+    with pytest.raises(Unavailable, match="holds a GPTQ checkpoint"):
         session(folder)
+
+
+@pytest.mark.parametrize("method", ["bnb_nf4", "bnb_int8"])
+def test_models_of_bitsandbytes_run_as_in_transformers(method: str, tmp_path: Path) -> None:
+    model = models_zoo.write("llama", tmp_path)
+    recipe = {"model": str(model), "device": "cpu", "steps": [{"use": f"quantize.{method}"}]}
+    folder = engine.run(recipe, tmp_path / "out", single=True).final
+    tokens = models_zoo.tokens(2, 8)
+    with torch.no_grad():
+        expected = transformers.AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    assert torch.equal(session(folder).outputs(tokens), expected)

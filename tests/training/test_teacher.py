@@ -38,9 +38,9 @@ def test_formats_that_cannot_be_run_are_refused(student: Artifact, tmp_path: Pat
     folder = models_zoo.write("llama", tmp_path / "teacher")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
-        json.dumps({**config, "quantization_config": {"quant_method": "awq"}})
+        json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}})
     )
-    with pytest.raises(PlanError, match="'awq' model"):
+    with pytest.raises(PlanError, match="'bitsandbytes' model"):
         teacher_of(asked(), "teacher", student, Run(training=TEXT, models={"teacher": folder}))
     graph = tmp_path / "graph"
     graph.mkdir()
