@@ -36,6 +36,10 @@ PART_BITS = {
 }
 _ACCOMPANYING: Final = ("_scale", "_zero_point", "_shape", "_g_idx", "_global_scale")
 """Ends of the names of tensors that belong to a quantized weight and are no parameters themselves."""
+_NF4_STATE: Final = ".quant_state.bitsandbytes__nf4"
+"""What bitsandbytes stores beside a weight of two numbers a byte."""
+_INT8_PARTS: Final = ("SCB", "weight_format")
+"""What it stores beside a weight of 8 bits."""
 
 
 @final
@@ -122,6 +126,13 @@ def _stored(artifact: Artifact) -> dict[str, tuple[int, int]]:
 
 def _parameters(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> int:
     stem, _, local = name.rpartition(".")
+    if name + _NF4_STATE in tensors:
+        return 2 * math.prod(tensor.shape)
+    weight, hangs_on, _ = name.partition(".weight.")
+    if (hangs_on and f"{weight}.weight{_NF4_STATE}" in tensors) or (
+        local in _INT8_PARTS and f"{stem}.SCB" in tensors and f"{stem}.weight" in tensors
+    ):
+        return 0
     if local.endswith("_packed"):
         shape = tensors.get(f"{stem}.{local.removesuffix('_packed')}_shape")
         if shape is not None:

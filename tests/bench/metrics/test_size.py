@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from compress import engine
 from compress.bench.metrics import Subject, find
 from compress.bench.metrics.size import measure_size
 from compress.core.artifact import Artifact
@@ -83,3 +85,16 @@ def test_the_metric_says_the_same(tmp_path: Path) -> None:
     assert found["size.bits_per_parameter"].value == 32.0
     assert found["size.head_bits_per_parameter"].reason == "the model has no such part"
     assert set(found) == {quantity.name for quantity in find("size").quantities}
+
+
+@pytest.mark.parametrize(("method", "least", "most"), [("bnb_nf4", 4.1, 9.0), ("bnb_int8", 8.1, 9.0)])
+def test_parameters_of_bitsandbytes_are_those_of_the_model(
+    method: str, least: float, most: float, tmp_path: Path
+) -> None:
+    source = models_zoo.write("llama", tmp_path, dtype=torch.bfloat16)
+    recipe = {"model": str(source), "device": "cpu", "steps": [{"use": f"quantize.{method}"}]}
+    made = engine.run(recipe, tmp_path / "out", single=True).final
+    before, after = measure_size(Artifact.open(source)), measure_size(Artifact.open(made))
+    assert after["parameters"] == before["parameters"]
+    # The levels and the state of a matrix weigh much beside a tiny one.
+    assert least < after["parts"]["mlp"]["bits_per_parameter"] < 3 * most
