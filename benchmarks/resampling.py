@@ -1,11 +1,11 @@
 """Experiments made from launches and answers that were really measured, judged by the bench's own code.
 
 A resampled experiment draws rounds of launches at random from all that were measured, as many as a bench
-would have made, and goes through the same looks: judged by `compress.bench.judging.judge`, continued with
-twice the launches while it is undecided, ended when a further look would go over the budget, by the seconds
-that each drawn launch really took. A round is drawn as a whole, since its launches share what the machine
-did at the time. Arms that are the same model trade places within it at random, so that the experiments are
-A/A exactly and not only but for the sampling error of the pool.
+would have made, and goes through the same looks: judged by `compress.bench.judging.judge`, continued while
+it is undecided, with as many rounds as the bench would add, by the seconds that each drawn launch really
+took. A round is drawn as a whole, since its launches share what the machine did at the time. Arms that are
+the same model trade places within it at random, so that the experiments are A/A exactly and not only but
+for the sampling error of the pool.
 """
 
 import random
@@ -21,6 +21,7 @@ import numpy as np
 from scipy import stats
 
 from compress.bench.judging import judge
+from compress.bench.looks import further_rounds
 from compress.bench.results import ArmResult, merged
 from compress.core.bench import Bench
 from compress.core.gate import Gate, Verdict
@@ -123,11 +124,10 @@ def experiment(gate: Gate, draw: Draw, options: Bench, overhead: float) -> Outco
     while True:
         (judgement,) = judge([gate], arms_of(rounds, gate.metric), options)
         seconds = sum(launch.seconds for found in rounds for launch in found.values())
-        # A look takes as many rounds as there were, so about as long as all of them took.
-        spent = overhead + 2 * seconds
-        if judgement.verdict is not Verdict.UNDECIDED or look == options.looks or spent > options.budget:
+        more = further_rounds(len(rounds), seconds / len(rounds), options.budget - overhead - seconds)
+        if judgement.verdict is not Verdict.UNDECIDED or look == options.looks or not more:
             return Outcome(judgement.verdict, len(rounds))
-        rounds += [draw() for _ in range(len(rounds))]
+        rounds += [draw() for _ in range(more)]
         look += 1
 
 

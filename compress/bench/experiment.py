@@ -3,7 +3,7 @@
 Timed launches of all arms make a round: each is a fresh process, and they take turns, sample by sample, in
 seeded random order, so that a machine that slows down slows all arms. Where memory does not hold all of
 them at once, or on a GPU, the launches of a round follow one another, also in random order. Memory and
-accuracy have passes of their own. While a gate is undecided the experiment measures twice as much and looks
+accuracy have passes of their own. While a gate is undecided the experiment measures more and looks
 again, up to a budget of time. After every process the results so far are written, so that nothing is lost.
 """
 
@@ -22,6 +22,7 @@ from compress.bench.arms import Arm, arms_of, baseline, check_arms
 from compress.bench.environment import describe
 from compress.bench.flips import flips_of
 from compress.bench.judging import compare_arms, judge
+from compress.bench.looks import further_rounds
 from compress.bench.material import Material, prepare
 from compress.bench.metrics import (
     Metric,
@@ -210,22 +211,27 @@ class _Experiment:
             stages = {metric.stage for metric in open_metrics}
             if self.looks >= self.options.looks:
                 break
-            seconds = sum(self._cost(stage) for stage in stages)
-            if time.monotonic() - started + seconds > self.options.budget:
+            left = self.options.budget - (time.monotonic() - started)
+            if Stage.SCORING in stages:
+                # The next look scores twice the text.
+                left -= 2 * self._seconds[Stage.SCORING]
+            rounds = 0
+            if Stage.TIMING in stages:
+                rounds = further_rounds(self.rounds, self._seconds[Stage.TIMING] / self.rounds, left)
+            if left < 0 or (Stage.TIMING in stages and not rounds):
                 self.reporter.message(
-                    f"undecided after {self.looks} looks; one more takes about {seconds:.0f} s, "
-                    f"which the budget of {self.options.budget:g} s does not leave"
+                    f"undecided after {self.looks} looks, and the budget of {self.options.budget:g} s "
+                    "has no room for one more"
                 )
                 break
-            if not self._look(open_metrics):
+            if not self._look(open_metrics, rounds):
                 self.reporter.message("undecided, and there is no more text to score")
                 break
 
-    def _look(self, open_metrics: Collection[Metric]) -> bool:
-        """Measure twice as much of what is undecided; whether there was more to measure."""
+    def _look(self, open_metrics: Collection[Metric], rounds: int) -> bool:
+        """Measure more of what is undecided, twice the text and some rounds; whether there was more."""
         scoring = [metric for metric in open_metrics if metric.stage is Stage.SCORING]
         lengthened = bool(scoring) and self._lengthen(scoring)
-        rounds = self.rounds if len(scoring) < len(open_metrics) else 0
         if not (lengthened or rounds):
             return False
         self.looks += 1
@@ -287,10 +293,6 @@ class _Experiment:
         """Whether a gate judged all that there is to measure."""
         arm = next(arm for arm in self.arms if arm.name == judgement.after)
         return arm.measurements[judgement.metric].complete
-
-    def _cost(self, stage: Stage) -> float:
-        """Seconds of the next look at a stage: twice the text, or as many launches as there were."""
-        return self._seconds[stage] * (2 if stage is Stage.SCORING else 1)
 
     def _lengthen(self, metrics: Collection[Metric]) -> bool:
         """Take twice of what these metrics are scored on; whether there was more of it."""
