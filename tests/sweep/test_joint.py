@@ -264,7 +264,14 @@ class Stopping(Recorder):
             raise Stopped
 
 
-@pytest.mark.parametrize(("name", "position"), [("block.joint", 1), ("block.advance", 2), ("block.start", 3)])
+@pytest.mark.parametrize(
+    ("name", "position"),
+    [
+        ("block.joint", 1),
+        pytest.param("block.advance", 2, marks=pytest.mark.slow),
+        pytest.param("block.start", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_stopped_goes_on_to_the_same_bytes(name: str, position: int, tmp_path: Path) -> None:
     model = models_zoo.write("llama", tmp_path)
     save_file({"input_ids": models_zoo.tokens(SAMPLES, LENGTH)}, tmp_path / "tokens.safetensors")

@@ -177,7 +177,12 @@ def test_a_wrong_turn_is_caught_before_it_is_written(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("event", "number"), [("block.compare", 2), ("block.finish", 2), ("block.compare", 4)]
+    ("event", "number"),
+    [
+        ("block.finish", 2),
+        pytest.param("block.compare", 2, marks=pytest.mark.slow),
+        pytest.param("block.compare", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_is_killed_resumes_to_the_same_bytes(event: str, number: int, tmp_path: Path) -> None:
     source = write("llama-tied", tmp_path)

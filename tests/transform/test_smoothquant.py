@@ -241,7 +241,12 @@ class KillAt(Recorder):
 
 
 @pytest.mark.parametrize(
-    ("event", "number"), [("block.calibrate", 6), ("shard.tensor", 20), ("block.finish", 2)]
+    ("event", "number"),
+    [
+        ("shard.tensor", 20),
+        pytest.param("block.calibrate", 6, marks=pytest.mark.slow),
+        pytest.param("block.finish", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_is_killed_resumes_to_the_same_bytes(event: str, number: int, tmp_path: Path) -> None:
     source = models_zoo.write("opt", tmp_path)
