@@ -1,8 +1,8 @@
 """The command ``compress``, a Typer application.
 
 Groups of methods come from the registry: one group a family that has methods, one command a method, and
-only the module of the method that is asked for gets imported. Neither a help page nor a wrong flag
-imports torch.
+only the module of the method that is asked for gets imported, beside that of the one which ``analyze``
+serves. Neither a help page nor a wrong flag imports torch.
 """
 
 import json

@@ -12,6 +12,7 @@ measurement, so the whole model is in memory, in the precision in which blocks a
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -223,7 +224,7 @@ def _divergence(outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor],
         total += float(imitation(said, base, targets).divergence.sum(dtype=torch.float64))
         count += len(said)
     mean = total / count
-    if mean != mean:
+    if not math.isfinite(mean):
         raise CalibrationError(
             f"the model's output is not finite with {name} rounded", "leave it in floats with --ignore"
         )

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from compress import engine
-from compress.core.errors import EnvironmentFault, PlanError, UsageError
+from compress.core.artifact import Artifact
+from compress.core.errors import EnvironmentFault, PlanError, UsageError, VerificationError
+from compress.core.run import Run
+from compress.sweep.verification import verify_weights
 from tests import models_zoo
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -66,6 +69,19 @@ def test_it_is_verified_and_its_damage_is_found(method: str, tmp_path: Path) -> 
     report = engine.verify(folder)
     assert report.weights is not None
     assert report.weights.changed == 21
+    # One bit of one matrix, in a file that is otherwise whole.
+    lineage = Artifact.open(folder).lineage
+    assert lineage is not None
+    for name, value in _tensors(folder).items():
+        if name.endswith("layers.1.mlp.up_proj.weight"):
+            value.view(torch.uint8)[3, 0] ^= 1
+            damaged = {**_tensors(folder), name: value}
+    for file in folder.glob("*.safetensors"):
+        here = load_file(file)
+        save_file({name: damaged[name] for name in here}, file, metadata={"format": "pt"})
+    run = Run(task="text-generation")
+    with pytest.raises(VerificationError, match=r"layers\.1\.mlp\.up_proj\.weight loads with other values"):
+        verify_weights(Artifact.open(folder), lineage, run)
 
 
 @pytest.mark.parametrize("method", FORMS)
