@@ -80,6 +80,10 @@ class Recording:
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     extras: dict[int, tuple[Any, ...]] = field(default_factory=dict)
 
+    def held(self) -> "Recording":
+        """A recording that stays while this one goes on to the next block."""
+        return Recording(dict(self.hidden), dict(self.extras))
+
 
 class _Stop(Exception):
     """Ends a forward pass once the block of interest has run."""

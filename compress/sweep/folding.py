@@ -20,7 +20,7 @@ from compress.core.errors import CalibrationError, PlanError, VerificationError
 from compress.core.passes import Needs, Outcome
 from compress.core.patterns import matches_any
 from compress.core.run import Run
-from compress.models.blocks import Block, Recording, Reentry, find_blocks
+from compress.models.blocks import Block, Recording, Reentry, find_blocks, hidden_state
 from compress.models.checkpoint import Checkpoint
 from compress.models.fold_search import find_folds
 from compress.models.folds import Fold, Rescaling
@@ -183,26 +183,17 @@ class _Folding:
 
     def apply(self) -> Outcome:
         """Fold every block, copy the rest, and say what was meant."""
-        walk, blocks = self.walk, self.walk.blocks
+        walk = self.walk
         walk.begin()
         activations = walk.calibration()
         if activations is None:
             raise CalibrationError("factors cannot be chosen without text", "give --calibration TEXT")
-        records: list[UnitRecord] = []
-        title = f"{len(self.plan.folds)} folds in {len(blocks)} blocks"
-        with (
-            walk.reentry() as reentry,
-            walk.run.reporter.progress(title, len(blocks) + 1, "block") as advance,
-        ):
+        title = f"{len(self.plan.folds)} folds in {len(walk.blocks)} blocks"
+        with walk.reentry() as reentry:
             walk.load_outside()
-            for block in blocks:
-                records.append(
-                    walk.finished(block.name, block.position) or self._block(block, activations, reentry)
-                )
-                return_freed()
-                advance(1)
-            records.append(walk.finished(OUTSIDE, len(blocks)) or self._outside())
-            advance(1)
+            records = walk.through(
+                title, lambda block: self._block(block, activations, reentry), self._outside
+            )
         walk.complete(records, dict(walk.source.config))
         tensors = {name: meant for record in records for name, meant in record.tensors.items()}
         layers = [row for record in records for row in record.layers]
@@ -234,7 +225,7 @@ class _Folding:
                     part.statistic = None
                 return_freed()
         # What the proof needs is held before the recordings go on to the output of this block.
-        first = _held(activations.recordings[0])
+        first = activations.recordings[0].held()
         event("block.advance", block=block.name, position=block.position)
         for batch, recording in zip(activations.batches, activations.recordings, strict=True):
             reentry.advance(block.position, batch, recording)
@@ -330,8 +321,7 @@ class _Folding:
             for name, change in changes.items():
                 parameter = self.walk.model.get_parameter(name)
                 parameter.copy_(change.of(parameter))
-        output = reentry.run(block.position, activations.batches[0], first)
-        after = output if isinstance(output, torch.Tensor) else output[0]
+        after = hidden_state(reentry.run(block.position, activations.batches[0], first))
         same, words = agree(activations.recordings[0].hidden[block.stack], after, self.compute)
         if not same:
             raise VerificationError(
@@ -369,8 +359,3 @@ def _row(entry: Fold, stage: Sequence[Shared], solved: Solved) -> dict[str, Any]
         "tokens": min(shared.statistic.tokens if shared.statistic else 0 for shared in stage),
         **{key: f"{value:.6g}" if isinstance(value, float) else value for key, value in notes.items()},
     }
-
-
-def _held(recording: Recording) -> Recording:
-    """A recording that stays while the original goes on to the next block."""
-    return Recording(dict(recording.hidden), dict(recording.extras))

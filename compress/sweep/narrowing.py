@@ -22,7 +22,7 @@ from compress.core.errors import CalibrationError, PlanError, VerificationError
 from compress.core.passes import Meant, Needs, Outcome
 from compress.core.run import Run
 from compress.formats.shards import shard_name, write_shard
-from compress.models.blocks import Block, Recording, Reentry, find_blocks
+from compress.models.blocks import Block, Recording, Reentry, find_blocks, hidden_state
 from compress.models.channels import Channels, Kind
 from compress.models.checkpoint import Checkpoint
 from compress.models.load import loaded_dtype, skeleton
@@ -30,7 +30,6 @@ from compress.models.probe import input_features, output_features
 from compress.numerics.fingerprint import fingerprint
 from compress.numerics.masks import PartImportance, strongest
 from compress.sweep.activations import Activations
-from compress.sweep.memory import return_freed
 from compress.sweep.narrow_cuts import (
     Cut,
     Kept,
@@ -43,11 +42,9 @@ from compress.sweep.narrow_cuts import (
 from compress.sweep.narrow_model import NarrowModel
 from compress.sweep.narrow_plan import Asked, NarrowPlan, plan_narrowing, reduction
 from compress.sweep.prediction import predict_narrowing
+from compress.sweep.rewriting import agree
 from compress.sweep.unit import UnitRecord
 from compress.sweep.walk import OUTSIDE, Walk, decided, placed_skeleton
-
-_SAME = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""How far, relative to the largest value, two ways to compute the same block may be apart."""
 
 
 def check(asked: Asked, source: Artifact, run: Run) -> Needs:
@@ -134,26 +131,17 @@ class _Narrowing:
 
     def apply(self) -> Outcome:
         """Narrow every block, copy the rest, and say what was meant."""
-        walk, blocks = self.walk, self.walk.blocks
+        walk = self.walk
         walk.begin()
         activations = walk.calibration()
         if activations is None:
             raise CalibrationError("channels cannot be judged without text", "give --calibration TEXT")
-        records: list[UnitRecord] = []
-        title = f"{len(self.plan.channels)} layers in {len(blocks)} blocks"
-        with (
-            walk.reentry() as reentry,
-            walk.run.reporter.progress(title, len(blocks) + 1, "block") as advance,
-        ):
+        title = f"{len(self.plan.channels)} layers in {len(walk.blocks)} blocks"
+        with walk.reentry() as reentry:
             walk.load_outside()
-            for block in blocks:
-                records.append(
-                    walk.finished(block.name, block.position) or self._block(block, activations, reentry)
-                )
-                return_freed()
-                advance(1)
-            records.append(walk.finished(OUTSIDE, len(blocks)) or self._outside())
-            advance(1)
+            records = walk.through(
+                title, lambda block: self._block(block, activations, reentry), self._outside
+            )
         walk.complete(records, self.plan.config)
         return self._outcome(records)
 
@@ -175,7 +163,7 @@ class _Narrowing:
         members = [entry for entry in self.plan.channels if entry.reader.startswith(f"{block.name}.")]
         event("block.calibrate", block=block.name, position=block.position)
         # What the check needs is held before the recordings go on to the output of this block.
-        first = _held(activations.recordings[0])
+        first = activations.recordings[0].held()
         gathered = self._gather(block, members, activations, reentry)
         cuts: dict[str, Cut] = {}
         zeroed: dict[str, torch.Tensor] = {}
@@ -299,14 +287,10 @@ class _Narrowing:
         finally:
             for handle in handles:
                 handle.remove()
-        narrow_hidden, wide_hidden = _hidden(narrow_output), _hidden(wide_output)
-        distance = float((narrow_hidden - wide_hidden).abs().max())
-        scale = float(wide_hidden.abs().max())
-        # Written so that NaN fails as well.
-        if not distance <= _SAME.get(self.compute, 1e-4) * max(scale, 1e-6):
+        same, words = agree(hidden_state(wide_output), hidden_state(narrow_output), self.compute)
+        if not same:
             raise VerificationError(
-                f"{block.name} is {distance:.3g} away from itself with the same channels at zero "
-                f"(its values reach {scale:.3g})",
+                f"{block.name} is {words} with the same channels at zero",
                 "its channels depend on one another in a way that was not seen: report this architecture; "
                 "--heads 1 or --mlp 1 may leave out what does it",
             )
@@ -354,13 +338,3 @@ def _zeroing(columns: torch.Tensor) -> Any:
         return (inputs, *args[1:])
 
     return hook
-
-
-def _held(recording: Recording) -> Recording:
-    """A recording that stays while the original goes on to the next block."""
-    return Recording(dict(recording.hidden), dict(recording.extras))
-
-
-def _hidden(output: Any) -> torch.Tensor:
-    hidden: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
-    return hidden.float()

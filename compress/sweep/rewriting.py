@@ -28,7 +28,7 @@ def agree(before: torch.Tensor, after: torch.Tensor, compute: torch.dtype) -> tu
     distance, size = float((after - before).abs().max()), float(before.abs().max())
     # NaN does not agree.
     same = distance <= _SAME.get(compute, 1e-4) * max(size, 1e-6)
-    return same, f"{distance:.3g} away from itself, where its values reach {size:.3g}"
+    return same, f"{distance:.3g} (its values reach {size:.3g}) away from itself"
 
 
 def write_rewritten(

@@ -17,13 +17,12 @@ from compress.core.artifact import Artifact
 from compress.core.errors import VerificationError
 from compress.core.passes import Needs, Outcome
 from compress.core.run import Run
-from compress.models.blocks import Block, Recording, Reentry, find_blocks
+from compress.models.blocks import Block, Reentry, find_blocks, hidden_state
 from compress.models.checkpoint import Checkpoint
 from compress.models.load import skeleton
 from compress.models.probe import input_features, is_linear, output_features
 from compress.sweep.activations import Activations
 from compress.sweep.matrices import Matrix
-from compress.sweep.memory import return_freed
 from compress.sweep.prediction import predict_masking
 from compress.sweep.rewriting import agree, write_rewritten
 from compress.sweep.rotation_plan import RotationPlan, plan_rotation
@@ -124,28 +123,20 @@ class _Rotating:
 
     def apply(self) -> list[UnitRecord]:
         """Rotate every block and what lies outside them."""
-        walk, blocks = self.walk, self.walk.blocks
+        walk = self.walk
         walk.begin()
         vocabulary = int(walk.model.get_input_embeddings().weight.shape[0])
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, vocabulary, (_SEQUENCES, _TOKENS), generator=generator)
         activations = Activations(tokens, _SEQUENCES)
-        records: list[UnitRecord] = []
-        title = f"the residual stream through {len(blocks)} blocks"
-        with (
-            walk.reentry() as reentry,
-            walk.run.reporter.progress(title, len(blocks) + 1, "block") as advance,
-        ):
+        title = f"the residual stream through {len(walk.blocks)} blocks"
+        with walk.reentry() as reentry:
             walk.load_outside()
-            for block in blocks:
-                records.append(
-                    walk.finished(block.name, block.position) or self._block(block, activations, reentry)
-                )
-                return_freed()
-                advance(1)
-            records.append(walk.finished(OUTSIDE, len(blocks)) or self._outside(activations, reentry))
-            advance(1)
-        return records
+            return walk.through(
+                title,
+                lambda block: self._block(block, activations, reentry),
+                lambda: self._outside(activations, reentry),
+            )
 
     def _block(self, block: Block, activations: Activations, reentry: Reentry) -> UnitRecord:
         walk = self.walk
@@ -154,7 +145,7 @@ class _Rotating:
         walk.checkpoint.load_module(block.name, walk.device)
         batch, recording = activations.batches[0], activations.recordings[0]
         # What the comparison needs is held before the recording goes on to the output of this block.
-        first = Recording(dict(recording.hidden), dict(recording.extras))
+        first = recording.held()
         reentry.advance(block.position, batch, recording)
         before = recording.hidden[block.stack].to(walk.device).float()
         new, layers = self._new(f"{block.name}.")
@@ -162,7 +153,7 @@ class _Rotating:
         walk.run.reporter.event("block.compare", block=block.name, position=block.position)
         hook = block.module.register_forward_pre_hook(self._entering, with_kwargs=True)
         try:
-            after = _hidden(reentry.run(block.position, batch, first))
+            after = hidden_state(reentry.run(block.position, batch, first)).float()
         finally:
             hook.remove()
         self._compare(block.name, before, after @ self.turns.matrix.T)
@@ -251,8 +242,3 @@ def _put(model: Any, new: Mapping[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in new.items():
             model.get_parameter(name).copy_(tensor)
-
-
-def _hidden(output: Any) -> torch.Tensor:
-    hidden: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
-    return hidden.detach().float()

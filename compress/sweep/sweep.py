@@ -85,26 +85,16 @@ class Sweep:
         Raises:
             CalibrationError: no data reached a matrix, or fewer were treated than were planned.
         """
-        blocks = self.blocks
-        records: list[UnitRecord] = []
         self._walk.begin()
         treatment = self.treatment
         activations = self._walk.calibration(original=treatment.original) if treatment.calibrated else None
-        title = f"{len(self.labels)} matrices in {len(blocks)} blocks"
-        with (
-            self._walk.reentry() as self._reentry,
-            self.run.reporter.progress(title, len(blocks) + 1, "block") as advance,
-        ):
+        title = f"{len(self.labels)} matrices in {len(self.blocks)} blocks"
+        with self._walk.reentry() as self._reentry:
             if treatment.calibrated or self._labels_outside():
                 self._walk.load_outside()
-            for block in blocks:
-                records.append(
-                    self._walk.finished(block.name, block.position) or self._block(block, activations)
-                )
-                return_freed()
-                advance(1)
-            records.append(self._walk.finished(OUTSIDE, len(blocks)) or self._outside(activations))
-            advance(1)
+            records = self._walk.through(
+                title, lambda block: self._block(block, activations), lambda: self._outside(activations)
+            )
         return self._complete(records)
 
     # -- one unit ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ and which files make an artifact complete. Every finished unit is a point to res
 import csv
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from compress.models.blocks import Block, Reentry, find_blocks
 from compress.models.checkpoint import Checkpoint
 from compress.models.load import loaded_dtype, skeleton, tokenizer
 from compress.sweep.activations import Activations
-from compress.sweep.memory import return_large_at_once
+from compress.sweep.memory import return_freed, return_large_at_once
 from compress.sweep.unit import UnitRecord
 
 OUTSIDE = "outside"
@@ -129,6 +129,28 @@ class Walk:
             self.checkpoint.load_module(head, self.device)
 
     # -- records and resume ------------------------------------------------------------------------
+
+    def through(
+        self, title: str, block: Callable[[Block], UnitRecord], outside: Callable[[], UnitRecord]
+    ) -> list[UnitRecord]:
+        """The record of every unit, the blocks in order and then what lies outside them.
+
+        What an earlier run finished is not done again.
+
+        Args:
+            title: for the person who waits.
+            block: does one block.
+            outside: does everything that belongs to no block.
+        """
+        records: list[UnitRecord] = []
+        with self.run.reporter.progress(title, len(self.blocks) + 1, "block") as advance:
+            for each in self.blocks:
+                records.append(self.finished(each.name, each.position) or block(each))
+                return_freed()
+                advance(1)
+            records.append(self.finished(OUTSIDE, len(self.blocks)) or outside())
+            advance(1)
+        return records
 
     def finished(self, name: str, position: int) -> UnitRecord | None:
         """The record of a unit that an earlier run finished."""
