@@ -22,7 +22,23 @@ if TYPE_CHECKING:
     from compress.formats.packed import Inexact
 
 _ROTARY: Final = "rope_freqs.weight"
-_KINDS: Final = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+_EMBEDDING: Final = "token_embd.weight"
+_OUTPUT: Final = "output.weight"
+_KINDS: Final = {
+    "f32": "F32",
+    "f16": "F16",
+    "bf16": "BF16",
+    "q8_0": "Q8_0",
+    "q2_k": "Q2_K",
+    "q3_k": "Q3_K",
+    "q4_k": "Q4_K",
+    "q5_k": "Q5_K",
+    "q6_k": "Q6_K",
+}
+_BLOCK: Final = {"Q8_0": 32, "Q2_K": 256, "Q3_K": 256, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
+"""Weights that a type takes together, where it is more than one."""
+_HEAD: Final = "Q6_K"
+"""Of the matrix that makes the logits, where a k-quant of fewer bits is asked for: as llama.cpp has it."""
 _PRECISE: Final = 1
 """Dimensions of the tensors that llama.cpp wants in float32: norms and biases."""
 _KNOWN_SCALINGS: Final = ("default", "linear", "yarn", "llama3")
@@ -41,7 +57,18 @@ _KNOWN_KEYS: Final = frozenset(
     }
 )
 """Entries of transformers' ``rope_parameters`` that are written, or have the only value that is accepted."""
-_BYTES: Final = {"F32": 4.0, "F16": 2.0, "BF16": 2.0, "Q8_0": 34 / 32}
+_BYTES: Final = {
+    "F32": 4.0,
+    "F16": 2.0,
+    "BF16": 2.0,
+    "Q8_0": 34 / 32,
+    "Q2_K": 84 / 256,
+    "Q3_K": 110 / 256,
+    "Q4_K": 144 / 256,
+    "Q5_K": 176 / 256,
+    "Q6_K": 210 / 256,
+}
+"""Of one weight."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +158,7 @@ def plan(source: "Artifact", run: "Run", kind: str) -> Plan:
     config = configuration(source.path, trust_remote_code=run.trust_remote_code)
     factors = _check_config(source, config, architecture)
     entries = _entries(found, config, architecture, kind)
-    rows = next(entry.shape[0] for entry in entries if entry.name == "token_embd.weight")
+    rows = next(entry.shape[0] for entry in entries if entry.name == _EMBEDDING)
     words = vocabulary(source, rows, trust_remote_code=run.trust_remote_code)
     return Plan(found, config, architecture, entries, words, _context(config), factors)
 
@@ -211,10 +238,10 @@ def _entries(found: Survey, config: Any, architecture: str, kind: str) -> tuple[
         if tied and found.model.get_submodule(target.rpartition(".")[0]) is head:
             # Stored although it is the embedding once more; llama.cpp takes the embedding itself.
             continue
-        shape = found.checkpoint.shape(ours)
-        entries.append(
-            Entry(_name(names, target, ours), ours, _float_kind(found, ours, shape, kind), tuple(shape))
-        )
+        shape = tuple(found.checkpoint.shape(ours))
+        made = _name(names, target, ours)
+        logits = made == _OUTPUT or (tied and made == _EMBEDDING)
+        entries.append(Entry(made, ours, _float_kind(found, ours, shape, kind, makes_logits=logits), shape))
     return tuple(sorted(entries, key=lambda entry: entry.ours))
 
 
@@ -225,19 +252,28 @@ def _name(names: "Names", target: str, ours: str) -> str:
     return str(name)
 
 
-def _float_kind(found: Survey, ours: str, shape: tuple[int, ...], kind: str) -> str:
-    """The type of a float tensor: float32 for what llama.cpp wants precise, else as asked for."""
+def _float_kind(found: Survey, ours: str, shape: tuple[int, ...], kind: str, *, makes_logits: bool) -> str:
+    """The type of a float tensor: float32 for what llama.cpp wants precise, else as asked for.
+
+    Raises:
+        PlanError: the type takes more weights together than a row divides into.
+    """
     if len(shape) <= _PRECISE:
         return "F32"
-    if kind == "q8_0" and shape[-1] % 32:
+    if kind == "auto":
+        stored = str(found.checkpoint.dtype(ours)).removeprefix("torch.")
+        return {"float16": "F16", "bfloat16": "BF16"}.get(stored, "F32")
+    chosen = _KINDS[kind]
+    if chosen.endswith("_K"):
+        chosen = _HEAD if makes_logits else chosen
+        # As llama.cpp does, a matrix whose rows no super-block divides goes to a type of smaller blocks.
+        chosen = chosen if shape[-1] % _BLOCK[chosen] == 0 else "Q8_0"
+    if shape[-1] % _BLOCK.get(chosen, 1):
         raise PlanError(
-            f"{ours} has {shape[-1]} columns, not a multiple of Q8_0's blocks of 32",
+            f"{ours} has {shape[-1]} columns, not a multiple of {chosen}'s blocks of {_BLOCK[chosen]}",
             "export as f16 or bf16 (--type f16)",
         )
-    if kind != "auto":
-        return _KINDS[kind]
-    stored = str(found.checkpoint.dtype(ours)).removeprefix("torch.")
-    return {"float16": "F16", "bfloat16": "BF16"}.get(stored, "F32")
+    return chosen
 
 
 def apply(source: "Artifact", target: Path, run: "Run", kind: str, inexact: "Inexact") -> Outcome:
@@ -354,7 +390,7 @@ def describe(writer: "Writer", made: Plan) -> None:
     metadata.add_name(str((config.architectures or [config.model_type])[0]))
     metadata.add_file_type(_file_type(made))
     metadata.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    rows = next(entry.shape[0] for entry in made.entries if entry.name == "token_embd.weight")
+    rows = next(entry.shape[0] for entry in made.entries if entry.name == _EMBEDDING)
     metadata.add_vocab_size(rows)
     metadata.add_context_length(made.context)
     metadata.add_embedding_length(int(config.hidden_size))
@@ -399,4 +435,8 @@ def _file_type(made: Plan) -> int:
             sizes[entry.kind] += math.prod(entry.shape)
     kind = sizes.most_common(1)[0][0]
     kinds = gguf.LlamaFileType
-    return int(kinds.ALL_F32 if kind == "F32" else kinds[f"MOSTLY_{kind}"])
+    if kind == "F32":
+        return int(kinds.ALL_F32)
+    # Of the mixtures of a k-quant, the small one has it in all matrices but that of the logits.
+    mixed = kind.endswith("_K") and kind not in ("Q2_K", "Q6_K")
+    return int(kinds[f"MOSTLY_{kind}_S" if mixed else f"MOSTLY_{kind}"])

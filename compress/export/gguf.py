@@ -7,8 +7,11 @@ are the format's own. What is not exact stops the export with the layer's name, 
 allows the nearest float16; zero points often need that, because a product with a scale has more digits than
 float16.
 
-Floats, of a model that was not quantized or of its embedding, are written as they are or as `--type` says;
-`q8_0` rounds by llama.cpp's own rule. Norms and biases are float32, as llama.cpp wants them.
+Floats, of a model that was not quantized or of its embedding, are written as they are or as `--type` says.
+`q8_0` rounds by llama.cpp's own rule. `q2_k` to `q6_k` are k-quants, super-blocks of 256 weights in 2.6 to
+6.6 bits each, found by a search of ours for the least squared error: it begins as llama.cpp's does and goes
+on where that ends. The matrix that makes the logits is a `Q6_K` then, and one whose rows 256 does not divide
+a `Q8_0`, as llama.cpp has it. Norms and biases are float32.
 
 Known are Llama, Mistral, Qwen2 and Qwen3, with positions scaled by `linear`, `yarn` or `llama3`, byte-level
 tokenizers that llama.cpp splits like the model (GPT-2, Llama 3, Qwen2, SmolLM, Tekken) and Llama 2's kind. A
@@ -17,8 +20,8 @@ anything is written.
 
 `from_pretrained(FOLDER, gguf_file="model.gguf")` loads it in transformers. What GGUF has no entry for has to
 be told there, such as biases in a Llama or heads of another width in a Qwen3: add
-`config=AutoConfig.from_pretrained(FOLDER)`. k-quants and importance matrices are llama.cpp's own: export
-`f16` or `bf16` and use its tools. Needs the extra `gguf`.
+`config=AutoConfig.from_pretrained(FOLDER)`. Importance matrices are llama.cpp's own: for them, export `f16`
+or `bf16` and use its tools. Needs the extra `gguf`.
 """
 
 from pathlib import Path
@@ -38,19 +41,19 @@ if TYPE_CHECKING:
 class Gguf(Pass):
     """Export to GGUF."""
 
-    summary: ClassVar[str] = "one GGUF file for llama.cpp, integers kept as Q4_0, Q4_1 or Q8_0"
+    summary: ClassVar[str] = "one GGUF file for llama.cpp: integers kept, floats as they are or as k-quants"
     paper: ClassVar[Paper | None] = None
-    examples: ClassVar[tuple[str, ...]] = ("", "--type f16", "--type q8_0")
+    examples: ClassVar[tuple[str, ...]] = ("", "--type f16", "--type q4_k")
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.TRANSFORMERS})
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.GGUF_FILE})
     breaks: ClassVar[frozenset[Fact]] = frozenset(
         {Fact.TRANSFORMERS, Fact.FLOAT_WEIGHTS, Fact.INTEGER_WEIGHTS}
     )
 
-    type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = Field(
+    type: Literal["auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"] = Field(
         default="auto",
         description="of float matrices, embedding and head among them: auto keeps the dtype that they have, "
-        "q8_0 rounds to 8 bits",
+        "q8_0 rounds to 8 bits, q6_k to q2_k to k-quants of so many bits",
     )
     inexact: Literal["refuse", "round"] = Field(
         default="refuse",

@@ -8,6 +8,7 @@ Integers lie in blocks of 32 along the input, each with numbers of its own in fl
 
 So a symmetric matrix of up to 4 bits is a Q4_0, one of up to 8 bits a Q8_0, and an asymmetric one of up to 4
 bits a Q4_1 with ``m = -zero * scale``, where float16 holds that product. Longer groups repeat their scale.
+Floats may also be rounded to k-quants (`compress.numerics.k_quants`), which no group of ours is.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, ``gguf-py`` and ``ggml-quants.c`` of llama.cpp
 
 llama.cpp rotates neighbouring pairs in attention where transformers rotates halves, so in the architecture
@@ -18,14 +19,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeGuard
 
 import torch
 
-from compress.core.errors import EnvironmentFault, ModelError
+from compress.core.errors import EnvironmentFault, ModelError, PlanError
 from compress.core.scheme import Scheme
+from compress.formats import k_quants
 from compress.formats.packed import Inexact, halves
 from compress.numerics.affine import Quantized
+from compress.numerics.k_quants import KINDS, KQuant, quantize
 
 if TYPE_CHECKING:
     import numpy
@@ -316,7 +319,7 @@ def as_floats(value: torch.Tensor, kind: str, layer: str) -> tuple[torch.Tensor,
 
     Args:
         value: of any float dtype.
-        kind: ``F32``, ``F16``, ``BF16`` or ``Q8_0``, which the format's own package rounds.
+        kind: ``F32``, ``F16`` or ``BF16``; ``Q8_0``, which the format's own package rounds; or a k-quant.
         layer: its name, for messages.
 
     Returns:
@@ -331,8 +334,25 @@ def as_floats(value: torch.Tensor, kind: str, layer: str) -> tuple[torch.Tensor,
         if kind == "F16" and not bool(torch.isfinite(stored).all()):
             halves(value[~torch.isfinite(stored)], "weight", layer, "round")
         return stored.view(torch.uint8), stored.float()
+    if _is_k_quant(kind):
+        return _as_k_quant(value, kind, layer)
     import gguf
 
     qtype = gguf.GGMLQuantizationType[kind]
     data = gguf.quantize(value.float().numpy(), qtype)
     return torch.from_numpy(data), torch.from_numpy(gguf.dequantize(data, qtype)).float()
+
+
+def _is_k_quant(kind: str) -> TypeGuard[KQuant]:
+    return kind in KINDS
+
+
+def _as_k_quant(value: torch.Tensor, kind: KQuant, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks = quantize(value, kind)
+    found = blocks.value()
+    if not bool(torch.isfinite(found).all()):
+        raise PlanError(
+            f"{layer}: a scale of {kind} is out of float16's range, or a weight is not finite",
+            "export as bf16 or f32 (--type bf16), or scale the model's weights",
+        )
+    return k_quants.packed(blocks).reshape(value.shape[0], -1), found.reshape(value.shape)

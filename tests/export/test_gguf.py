@@ -112,6 +112,39 @@ def test_floats_are_written_as_asked_for(kind: str, tmp_path: Path) -> None:
         assert torch.allclose(logits(loaded(out)), logits(model), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "file_type", "error"),
+    [
+        ("q2_k", gguf.LlamaFileType.MOSTLY_Q2_K, 1.0),
+        ("q3_k", gguf.LlamaFileType.MOSTLY_Q3_K_S, 0.6),
+        ("q4_k", gguf.LlamaFileType.MOSTLY_Q4_K_S, 0.3),
+        ("q5_k", gguf.LlamaFileType.MOSTLY_Q5_K_S, 0.15),
+        ("q6_k", gguf.LlamaFileType.MOSTLY_Q6_K, 0.08),
+    ],
+)
+def test_floats_become_k_quants(kind: str, file_type: int, error: float, tmp_path: Path) -> None:
+    shape = {"hidden_size": 256, "intermediate_size": 384}
+    source = packed_models.floats("llama", tmp_path / "floats", **shape)
+    out = converted(source, tmp_path / "out", type=kind)
+    found = types(out)
+    assert found["blk.0.attn_k.weight"] == found["token_embd.weight"] == kind.upper()
+    assert found["output.weight"] == "Q6_K", "what makes the logits has more bits"
+    assert found["blk.0.ffn_down.weight"] == "Q8_0", "256 does not divide rows of 384"
+    assert contents(out, "general.file_type") == file_type
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    expected = logits(model)
+    assert float((logits(loaded(out)) - expected).norm() / expected.norm()) < error
+    verified = engine.verify(out).weights
+    assert verified is not None
+    needs = Gguf(type=kind).check(Artifact.open(source), Run())
+    assert 0 <= (out / FILE).stat().st_size - needs.disk_bytes < 10_000
+
+
+def test_a_tied_embedding_makes_the_logits(tmp_path: Path) -> None:
+    source = packed_models.floats("llama-tied", tmp_path / "floats", hidden_size=256)
+    assert types(converted(source, tmp_path / "out", type="q3_k"))["token_embd.weight"] == "Q6_K"
+
+
 def test_the_metadata_is_what_llama_cpp_reads(tmp_path: Path) -> None:
     source = packed_models.integers(
         packed_models.floats("mistral", tmp_path / "floats", sliding_window=16), tmp_path / "integers"
