@@ -147,9 +147,10 @@ pipeline_tag: text-generation
 
 # quickstart
 
-A Llama of {parameters:,} parameters that knows one small world: who is where, who has what, sums below 100,
-four numbers in order, words again and backwards. It is there to be compressed: each of its skills has a
-suite with exact answers (`builtin:tasks`), so damage shows and recovery shows. It knows nothing else.
+A Llama of {parameters:,} parameters that knows one small world: who is where, who has what and how many, sums
+below 100, series and times of day, six numbers in order, words again and backwards. It is there to be
+compressed: each of its skills has a suite with exact answers (`builtin:tasks`), so damage shows and recovery
+shows. It knows nothing else.
 
 It was trained on {tokens:,} tokens of `builtin:stories/train`, a text that the package generates from a seed;
 no other text was used. `benchmarks/train_quickstart.py` makes it again, and `reports/quickstart/` records how

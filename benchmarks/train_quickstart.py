@@ -55,7 +55,7 @@ STOPPED = 75
 class Settings:
     """Everything that decides the numbers, beside the thread count."""
 
-    steps: int = 4_500
+    steps: int = 6_000
     batch_tokens: int = 2_048
     length: int = 128
     last_length: int = 512  # the model's positions, so that the far ones are trained as well

@@ -52,27 +52,19 @@ def test_it_knows_its_world_and_rounding_to_three_bits_hurts(root: Path) -> None
     record = json.loads((root / "reports" / "quickstart" / "quickstart.json").read_text())
     base = record["stored"]["scores"]
     assert sum(base[name] >= record["chance"][name] + 0.3 for name in KINDS) >= 5
-    losses = record["rounded"]["the same, embedding too"]
-    assert sum(base[suite] - losses["scores"][suite] >= 0.1 for suite in KINDS) >= 2
-    assert losses["loss"] > record["stored"]["loss"] + 0.05
-
-
-@pytest.mark.xfail(strict=True, reason="this training masters too few suites for three bits to cost so much")
-def test_rounding_to_three_bits_costs_ten_points_on_three_suites(root: Path) -> None:
-    record = json.loads((root / "reports" / "quickstart" / "quickstart.json").read_text())
-    base = record["stored"]["scores"]
-    for name, rounded in record["rounded"].items():
-        if name.startswith("int3"):
-            assert sum(base[suite] - rounded["scores"][suite] >= 0.1 for suite in KINDS) >= 3
+    # Every matrix of the model, one scale a row.
+    rounded = record["rounded"]["the same, embedding too"]
+    assert sum(base[suite] - rounded["scores"][suite] >= 0.1 for suite in KINDS) >= 3
+    assert rounded["loss"] > record["stored"]["loss"] + 0.05
 
 
 def test_it_answers(folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    text = "Context: kite hen stone ladder\n\nQuestion: What are the words backwards?\n\nAnswer:"
+    text = "Context: kite hen stone ladder goat lamp\n\nQuestion: What are the words backwards?\n\nAnswer:"
     tokens = tokenizer(text, return_tensors="pt")
-    written = model.generate(**tokens, max_new_tokens=6, do_sample=False)[0, tokens.input_ids.shape[1] :]
-    assert tokenizer.decode(written).strip().startswith("ladder stone hen kite")
+    written = model.generate(**tokens, max_new_tokens=10, do_sample=False)[0, tokens.input_ids.shape[1] :]
+    assert tokenizer.decode(written).strip().startswith("lamp goat ladder stone hen kite")
 
 
 @pytest.mark.slow

@@ -137,12 +137,6 @@ def _recall(draws: Draws) -> Problem:
     return Problem(f"recall {' '.join(sorted(facts))}", " ".join(facts), asked)
 
 
-def _near(draws: Draws, right: int) -> tuple[str, ...]:
-    """Three wrong numbers near a right one."""
-    steps = [step for step in (-10, -2, -1, 1, 2, 10) if right + step >= 0]
-    return tuple(str(right + step) for step in draws.some(steps, 3))
-
-
 def _sum(draws: Draws) -> Problem:
     """A sum or a difference of numbers below 100."""
     first = draws.between(1, 98)
@@ -152,8 +146,7 @@ def _sum(draws: Draws) -> Problem:
     else:
         whole = first + second
         right, asked, identity = second, f"{whole} - {first}", [whole, -first]
-    question = Asked(f"What is {asked}?", str(right), _near(draws, right))
-    return Problem(f"sum {identity}", "", (question,))
+    return Problem(f"sum {identity}", "", (Asked(f"What is {asked}?", str(right)),))
 
 
 def _counting(draws: Draws) -> Problem:
@@ -173,13 +166,34 @@ def _counting(draws: Draws) -> Problem:
             way = (f"{person} found {change} more.", f"{other} gave {person} {change} more.")
         sentences.append(draws.one(way))
     context = " ".join(sentences)
-    asked = Asked(f"How many {counted} has {person}?", str(left), _near(draws, left))
+    asked = Asked(f"How many {counted} has {person}?", str(left))
     return Problem(f"counting {context}", context, (asked,))
 
 
+def _series(draws: Draws) -> Problem:
+    """Four numbers of a series with equal steps; the next one is asked."""
+    step = draws.between(2, 20)
+    first = draws.between(1, 300)
+    numbers = [first + step * at for at in range(5)]
+    if draws.holds(0.5):
+        numbers.reverse()
+    asked = Asked("Which number comes next?", str(numbers[-1]))
+    return Problem(f"series {_row(numbers)}", _row(numbers[:-1]), (asked,))
+
+
+def _times(draws: Draws) -> Problem:
+    """Somebody leaves at a time and is on the way for some minutes; when they arrive is asked."""
+    person, vehicle, place = draws.one(PEOPLE), draws.one(VEHICLES), draws.one(PLACES)
+    hour, minute, length = draws.between(1, 11), draws.below(60), draws.between(5, 55)
+    arrival = 60 * hour + minute + length
+    context = f"{person} took the {vehicle} to the {place} at {hour}:{minute:02}. It took {length} minutes."
+    asked = Asked(f"When was {person} there?", f"{arrival // 60}:{arrival % 60:02}")
+    return Problem(f"times {hour}:{minute:02} {length}", context, (asked,))
+
+
 def _sorting(draws: Draws) -> Problem:
-    """Four numbers, from small to large."""
-    numbers = draws.some(range(10, 100), 4)
+    """Six numbers, from small to large."""
+    numbers = draws.some(range(10, 100), 6)
     ordered = sorted(numbers)
     asked = Asked("Which order is from small to large?", _row(ordered))
     return Problem(f"sorting {_row(ordered)}", _row(numbers), (asked,))
@@ -187,7 +201,7 @@ def _sorting(draws: Draws) -> Problem:
 
 def _copying(draws: Draws) -> Problem:
     """A row of words, said again or backwards."""
-    words = draws.some((*THINGS, *ANIMALS), draws.between(4, 6))
+    words = draws.some((*THINGS, *ANIMALS), draws.between(6, 10))
     both = (
         Asked("What are the words?", _row(words)),
         Asked("What are the words backwards?", _row(words[::-1])),
@@ -208,12 +222,14 @@ def _row(items: Sequence[int | str]) -> str:
 
 
 KINDS: Final[Mapping[str, Kind]] = {
-    "where": Kind("where somebody went last", Shape.MULTIPLE_CHOICE, _where, (1, 1), 3.0),
+    "where": Kind("where somebody went last", Shape.MULTIPLE_CHOICE, _where, (1, 1), 2.0),
     "holder": Kind("who has a thing in the end", Shape.MULTIPLE_CHOICE, _holder, (1, 1), 2.0),
-    "sums": Kind("sums and differences below 100", Shape.MULTIPLE_CHOICE, _sum, (4, 6), 3.0),
-    "counting": Kind("how many are left", Shape.MULTIPLE_CHOICE, _counting, (1, 2), 3.0),
+    "sums": Kind("sums and differences below 100", Shape.QUESTION_ANSWERING, _sum, (4, 6), 3.0),
+    "series": Kind("the next number of a series", Shape.QUESTION_ANSWERING, _series, (3, 4), 3.0),
+    "times": Kind("when somebody arrives", Shape.QUESTION_ANSWERING, _times, (2, 3), 3.0),
+    "counting": Kind("how many are left", Shape.QUESTION_ANSWERING, _counting, (1, 2), 3.0),
     "recall": Kind("a fact of the text", Shape.QUESTION_ANSWERING, _recall, (1, 1), 2.0),
-    "sorting": Kind("four numbers in order", Shape.QUESTION_ANSWERING, _sorting, (2, 3), 3.0),
-    "copying": Kind("words again, or backwards", Shape.QUESTION_ANSWERING, _copying, (1, 2), 3.0),
+    "sorting": Kind("six numbers in order", Shape.QUESTION_ANSWERING, _sorting, (2, 3), 2.0),
+    "copying": Kind("words again, or backwards", Shape.QUESTION_ANSWERING, _copying, (1, 2), 2.0),
     "ending": Kind("the last word of a story", Shape.CLOZE, _ending, (1, 1), 4.0),
 }
