@@ -64,7 +64,7 @@ def test_an_unknown_built_in_suite_is_refused() -> None:
 
 
 def test_a_built_in_suite_is_scored_as_one_of_a_file_is(before: Path) -> None:
-    found = score(before, Path("builtin:tasks/sums"), suite_limit=3)
+    found = score(before, Path("builtin:tasks/where"), suite_limit=3)
     protocol = found["accuracy"].conditions["protocol"]
     assert len(found["accuracy"].samples) == protocol["examples"] == 3
-    assert protocol["suite"] == read_suite("builtin:tasks/sums", limit=3).digest
+    assert protocol["suite"] == read_suite("builtin:tasks/where", limit=3).digest
