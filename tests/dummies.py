@@ -78,3 +78,23 @@ class Recorder(Reporter):
     def count(self, name: str) -> int:
         """How often an event was named."""
         return sum(event == name for event, _ in self.events)
+
+
+class Killed(Exception):
+    """Stands in for a power cut, where a process of its own is not needed (`tests.kill_at`)."""
+
+
+@final
+class KillingRecorder(Recorder):
+    """Dies at the n-th event of a name."""
+
+    def __init__(self, name: str, number: int) -> None:
+        super().__init__()
+        self._name, self._left = name, number
+
+    def event(self, name: str, **facts: object) -> None:
+        super().event(name, **facts)
+        if name == self._name:
+            self._left -= 1
+            if self._left == 0:
+                raise Killed

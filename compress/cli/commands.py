@@ -182,6 +182,7 @@ def bench_verdict(
     "  compress convert MODEL --to gptq --out DIR\n"
     "  compress convert MODEL --to awq --out DIR --plan\n"
     "  compress convert MODEL --to gguf --out DIR --type f16\n"
+    "  compress convert MODEL --to compressed-tensors --out DIR\n"
     "  compress convert MODEL --to onnx --out DIR --accuracy-level 0",
 )
 @with_flags(*conversion.FLAGS, *model_flags(Recipe, "Run", RUN_FIELDS))

@@ -31,6 +31,7 @@ DESTINATIONS: Final[Mapping[str, Destination]] = {
     "awq": Destination("export.awq"),
     "gguf": Destination("export.gguf"),
     "onnx": Destination("export.onnx"),
+    "compressed-tensors": Destination("export.compressed_tensors"),
 }
 METAVAR: Final = f"[{'|'.join(DESTINATIONS)}]"
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.cli.flags import FlagCommand, model_flags, part, with_flags
+from compress.cli.flags import FlagCommand, model_flags, part, spelling, with_flags
 from compress.cli.start import (
     DATA_FIELDS,
     RUN_FIELDS,
@@ -109,6 +109,13 @@ def description(method: type[Pass]) -> str:
     lines = [summary]
     if method.calibrated:
         lines.append("Reads calibration text: give --calibration TEXT.")
+    elif method.calibrated_with:
+        options = " or ".join(
+            f"{spelling(option, method.model_fields[option])} {value}"
+            for option, values in method.calibrated_with.items()
+            for value in sorted(values)
+        )
+        lines.append(f"Reads calibration text with {options}: give --calibration TEXT.")
     if issubclass(method, Trainer):
         lines.append("Reads training text: give --train TEXT.")
     facts = [f"Needs {_facts(method.needs)}."] if method.needs else []

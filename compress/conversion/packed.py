@@ -6,7 +6,7 @@ and shard by shard; everything else is copied byte for byte.
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from compress.core.artifact import Artifact
     from compress.core.run import Run
     from compress.core.scheme import Scheme
-    from compress.formats.packed import PackedFormat
+    from compress.formats.packed import Layout, PackedFormat
     from compress.formats.weight_format import Held
     from compress.models.checkpoint import Checkpoint
     from compress.numerics.affine import Quantized
@@ -57,6 +57,13 @@ class Layer:
     rows: int
     columns: int
 
+    @property
+    def integers(self) -> str:
+        """The tensor that holds its integers; the others of the new matrix go into the file of this one."""
+        return next(
+            self.names[local] for local in ("weight_packed", "qweight", "weight") if local in self.names
+        )
+
     def held(self) -> "Held":
         """What a format is asked to hold."""
         from compress.formats.weight_format import Held
@@ -74,6 +81,8 @@ class Survey:
         checkpoint: the weights beside it.
         layers: the matrices that are integers, in order of their names.
         kept: linear modules that are floats.
+        read: one matrix from its tensors by local name, and its name on disk.
+        left_out: tensors on disk that a reader of the source passes over and that are not copied.
     """
 
     source: "Artifact"
@@ -81,13 +90,13 @@ class Survey:
     checkpoint: "Checkpoint"
     layers: tuple[Layer, ...]
     kept: tuple[str, ...]
+    read: "Callable[[Mapping[str, torch.Tensor], str], Quantized]"
+    left_out: frozenset[str] = frozenset()
 
     def matrix(self, layer: Layer) -> "Quantized":
         """The integers of one layer, read from disk."""
-        from compress.formats.compressed_tensors import read_matrix
-
         tensors = {local: self.checkpoint.tensor(name) for local, name in layer.names.items()}
-        matrix = read_matrix(tensors, layer.stem)
+        matrix = self.read(tensors, layer.stem)
         try:
             matrix.check_values()
         except ValueError as error:
@@ -97,7 +106,7 @@ class Survey:
     @property
     def floats(self) -> list[str]:
         """Tensors on disk that belong to no integer matrix, and that transformers reads."""
-        taken = {name for layer in self.layers for name in layer.names.values()}
+        taken = {name for layer in self.layers for name in layer.names.values()} | self.left_out
         return [
             name
             for name in self.checkpoint.names
@@ -114,6 +123,7 @@ def survey(source: "Artifact", run: "Run") -> Survey:
     """
     from torch import nn
 
+    from compress.formats.compressed_tensors import read_matrix
     from compress.models.checkpoint import Checkpoint
     from compress.models.integers import integer_matrices
     from compress.models.load import skeleton
@@ -130,7 +140,7 @@ def survey(source: "Artifact", run: "Run") -> Survey:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name not in packed and not _is_head(model, module)
     )
-    return Survey(source, model, checkpoint, layers, kept)
+    return Survey(source, model, checkpoint, layers, kept, read_matrix)
 
 
 def _is_head(model: Any, module: Any) -> bool:
@@ -241,7 +251,9 @@ def apply(source: "Artifact", target: Path, run: "Run", form: "PackedFormat") ->
     held = [layer.held() for layer in found.layers]
     config = form.configuration(held, found.kept, source.config)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    rewriting = _Rewriting(found, form, run)
+    rewriting = Rewriting(
+        found, run, form.name, lambda layer: form.layout(layer.held()), partial(_packed, form)
+    )
     rewriting.write(target)
     carry(source, target)
     decisions = {
@@ -254,21 +266,76 @@ def apply(source: "Artifact", target: Path, run: "Run", form: "PackedFormat") ->
     return Outcome(decisions, dict(sorted(rewriting.meant.items())))
 
 
-def carry(source: "Artifact", target: Path) -> None:
-    """Copy everything that travels along: tokenizer, generation config, chat template, licence, card."""
+def _packed(form: "PackedFormat", layer: Layer, matrix: "Quantized") -> "Rewritten":
+    """One matrix as a packed format stores it, and its value in float32."""
+    from compress.formats.packed import largest_shift
+    from compress.numerics.affine import Quantized
+
+    tensors = form.encode(f"{layer.stem}.weight", matrix.parts(), layer.scheme)
+    # The scales as they are stored: float16, which is what they were unless a person had them rounded.
+    stored = tensors[f"{layer.stem}.scales"].T.float()
+    value = Quantized(matrix.q, stored, matrix.zero, layer.scheme).dequantize()
+    return Rewritten(tensors, value, largest_shift(matrix.scale, stored))
+
+
+def carry(source: "Artifact", target: Path, but: str = "") -> None:
+    """Copy everything that travels along: tokenizer, generation config, chat template, licence, card.
+
+    Args:
+        source: where it is.
+        target: where it goes.
+        but: the name of a file that speaks of the old format alone.
+    """
     for file in source.companions:
+        if file.name == but:
+            continue
         copy = target / file.relative_to(source.path)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
 
 
-class _Rewriting:
-    """One pass over the shards of an artifact."""
+@dataclass(frozen=True)
+class Rewritten:
+    """One matrix in its new form.
 
-    def __init__(self, found: Survey, form: "PackedFormat", run: "Run") -> None:
-        self.found, self.form, self.run = found, form, run
+    Attributes:
+        tensors: by full name.
+        value: the float weight as a reader of the new form computes it.
+        shift: the largest relative change of a scale.
+    """
+
+    tensors: "Mapping[str, torch.Tensor]"
+    value: "torch.Tensor"
+    shift: float = 0.0
+
+
+class Rewriting:
+    """One pass over the shards of an artifact: matrices in a new form, everything else byte for byte.
+
+    Args:
+        found: the artifact.
+        run: who is told.
+        name: of the new form.
+        layout: the tensors of a matrix in it, by local name.
+        rewrite: a matrix in it.
+
+    Attributes:
+        meant: what every tensor must be.
+        shift: the largest relative change of a scale.
+    """
+
+    def __init__(
+        self,
+        found: Survey,
+        run: "Run",
+        name: str,
+        layout: "Callable[[Layer], Layout]",
+        rewrite: "Callable[[Layer, Quantized], Rewritten]",
+    ) -> None:
         self.meant: dict[str, Meant] = {}
         self.shift = 0.0
+        self._found, self._run, self._name = found, run, name
+        self._layout, self._rewrite = layout, rewrite
         self._waiting: dict[str, torch.Tensor] = {}
 
     def write(self, target: Path) -> None:
@@ -276,19 +343,17 @@ class _Rewriting:
         from compress.formats.shards import write_index, write_shard
         from compress.models.headers import SINGLE_FILE
 
-        shards = self._shards()
+        shards, checkpoint = self._shards(), self._found.checkpoint
         total, files = 0, {}
-        with self.run.reporter.progress(
-            f"{len(self.found.layers)} matrices to {self.form.name}", len(shards), "shard"
+        with self._run.reporter.progress(
+            f"{len(self._found.layers)} matrices to {self._name}", len(shards), "shard"
         ) as advance:
             for file, (owners, copied) in shards.items():
-                layout = {
-                    f"{layer.stem}.{local}": (dtype, shape)
-                    for layer in owners
-                    for local, (dtype, shape) in self.form.layout(layer.held()).items()
-                }
-                origin = {f"{layer.stem}.{local}": layer for layer in owners for local in self._locals(layer)}
-                checkpoint = self.found.checkpoint
+                layout, origin = {}, {}
+                for layer in owners:
+                    for local, entry in self._layout(layer).items():
+                        layout[f"{layer.stem}.{local}"] = entry
+                        origin[f"{layer.stem}.{local}"] = layer
                 layout |= {name: (checkpoint.dtype(name), checkpoint.shape(name)) for name in copied}
                 total += write_shard(
                     target / file,
@@ -301,53 +366,36 @@ class _Rewriting:
         if list(files) != [SINGLE_FILE]:
             write_index(target, files, total)
 
-    def _locals(self, layer: Layer) -> Iterator[str]:
-        return iter(self.form.layout(layer.held()))
-
     def _shards(self) -> dict[str, tuple[list[Layer], list[str]]]:
         """For each weight file of the source: the layers whose integers lie there, and what is copied."""
         from compress.models.headers import read_model
 
-        where = {name: entry.file.name for name, entry in read_model(self.found.source.path).items()}
+        found = self._found
+        where = {name: entry.file.name for name, entry in read_model(found.source.path).items()}
         shards: dict[str, tuple[list[Layer], list[str]]] = {file: ([], []) for file in sorted(where.values())}
-        for layer in self.found.layers:
-            first = layer.names.get("weight_packed") or layer.names["weight"]
-            shards[where[first]][0].append(layer)
-        taken = {name for layer in self.found.layers for name in layer.names.values()}
+        for layer in found.layers:
+            shards[where[layer.integers]][0].append(layer)
+        taken = {name for layer in found.layers for name in layer.names.values()} | found.left_out
         for name, file in where.items():
             if name not in taken:
                 shards[file][1].append(name)
         return {file: shard for file, shard in shards.items() if any(shard)}
 
     def _written(self, file: str, tensor: str) -> None:
-        self.run.reporter.event("shard.tensor", file=file, tensor=tensor)
+        self._run.reporter.event("shard.tensor", file=file, tensor=tensor)
 
     def _bring(self, name: str, origin: Mapping[str, Layer]) -> "torch.Tensor":
         """One tensor of the new shard; those of a matrix come together and wait for their turn."""
         from compress.numerics.fingerprint import fingerprint
 
         if name not in origin:
-            tensor = self.found.checkpoint.tensor(name)
+            tensor = self._found.checkpoint.tensor(name)
             self.meant[name] = Meant(fingerprint(tensor), False)
             return tensor
         if name not in self._waiting:
-            self._waiting |= self._converted(origin[name])
+            layer = origin[name]
+            rewritten = self._rewrite(layer, self._found.matrix(layer))
+            self.shift = max(self.shift, rewritten.shift)
+            self.meant[f"{layer.stem}.weight"] = Meant(fingerprint(rewritten.value), True)
+            self._waiting |= rewritten.tensors
         return self._waiting.pop(name)
-
-    def _converted(self, layer: Layer) -> "dict[str, torch.Tensor]":
-        from compress.formats.packed import largest_shift
-        from compress.numerics.affine import Quantized
-        from compress.numerics.fingerprint import fingerprint
-
-        matrix = self.found.matrix(layer)
-        parts = {"q": matrix.q, "scale": matrix.scale}
-        if matrix.zero is not None:
-            parts["zero"] = matrix.zero
-        weight = f"{layer.stem}.weight"
-        tensors = self.form.encode(weight, parts, layer.scheme)
-        # The scales as they are stored: float16, which is what they were unless a person had them rounded.
-        stored = tensors[f"{layer.stem}.scales"].T.float()
-        self.shift = max(self.shift, largest_shift(matrix.scale, stored))
-        value = Quantized(matrix.q, stored, matrix.zero, layer.scheme).dequantize()
-        self.meant[weight] = Meant(fingerprint(value), True)
-        return tensors

@@ -99,7 +99,16 @@ class Pass(BaseModel, ABC):
     gives: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
     calibrated: ClassVar[bool] = False
-    """Whether it reads calibration text."""
+    """Whether it reads calibration text, whatever its options are."""
+    calibrated_with: ClassVar[Mapping[str, frozenset[str]]] = {}
+    """Values of options with which it reads calibration text, though it needs none otherwise."""
+
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether it reads calibration text with these options."""
+        return self.calibrated or any(
+            getattr(self, option) in values for option, values in self.calibrated_with.items()
+        )
 
     @abstractmethod
     def check(self, source: "Artifact", run: "Run") -> Needs:
@@ -142,6 +151,9 @@ class Expanding(Pass):
     @abstractmethod
     def expand(self) -> tuple[Pass, ...]:
         """The passes that it stands for, in order; two or more, none of which expands.
+
+        Each but the last leaves a model that all others would take or refuse as they do the first one's
+        source, so that a plan can ask all of them about that.
 
         Raises:
             UsageError: an option does not fit one of them.

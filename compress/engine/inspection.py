@@ -8,6 +8,7 @@ from compress.core.artifact import Artifact
 from compress.core.errors import ModelError, VerificationError
 from compress.core.events import SILENT, Reporter
 from compress.core.run import Run
+from compress.engine.serving import vllm_document
 
 if TYPE_CHECKING:
     from compress.sweep.verification import Verified
@@ -50,7 +51,7 @@ def verify(path: Path, *, reporter: Reporter = SILENT, trust_remote_code: bool =
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """What a folder holds, from its headers: facts, architecture, lineage, sizes by part."""
+    """What a folder holds, from its headers: facts, architecture, sizes, what vLLM asks, lineage."""
     from compress.bench.metrics.size import measure_size
 
     artifact = Artifact.open(path)
@@ -63,6 +64,9 @@ def inspect(path: Path) -> dict[str, Any]:
         )[0],
         "size": measure_size(artifact),
     }
+    served = vllm_document(artifact)
+    if served is not None:
+        document["vllm"] = served
     if artifact.lineage is not None:
         document["lineage"] = [
             {"use": step.use, "options": dict(step.options), "key": step.key, "digest": step.digest}

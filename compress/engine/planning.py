@@ -137,6 +137,8 @@ def plan(
     )
     _check_other_models(recipe, source, run)
     steps = _planned(recipe, source, folder, run, single=single, fresh=fresh)
+    if not steps[0].done:
+        _check_parts(given, source, run)
     _check_machine(steps, folder, reporter)
     return Plan(given, source, steps, folder, single, run, reporter, fresh)
 
@@ -294,6 +296,17 @@ def _planned(
         parent = present if done else None
         parent_digest = (present.digest if present else recorded.get(key or "")) if done else None
     return tuple(steps)
+
+
+def _check_parts(recipe: Recipe, source: Artifact, run: Run) -> None:
+    """Refuse now what the later ones of the passes that the first step stands for would refuse in their turn.
+
+    What they will be given is like the source (`Expanding.expand`). Their needs stay open until it is there.
+    """
+    method = recipe.steps[0].built()
+    if isinstance(method, Expanding):
+        for part in method.expand()[1:]:
+            part.check(source, step_run(part, source, run, run.scratch))
 
 
 def _recorded_digests(folder: Target, count: int, recipe: Recipe, *, single: bool) -> dict[str, str]:

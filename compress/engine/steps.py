@@ -46,7 +46,7 @@ def identified(method: Pass, run: Run) -> Pass:
 def step_circumstances(method: Pass, source: Artifact, run: Run) -> dict[str, Any]:
     """What of the run can change the bytes of a step, as it is recorded and as it enters the key."""
     circumstances: dict[str, Any] = {"task": run.task, "device": run.device, "threads": run.threads}
-    if method.calibrated and run.calibration is not None:
+    if method.reads_calibration and run.calibration is not None:
         from compress.data.calibration import digest_of_source
 
         circumstances |= {

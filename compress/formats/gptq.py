@@ -17,6 +17,7 @@ https://github.com/ModelCloud/GPTQModel, https://github.com/AutoGPTQ/AutoGPTQ
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Literal, final
 
 import torch
@@ -26,6 +27,7 @@ from compress.core.errors import ModelError, PlanError
 from compress.core.scheme import Scheme
 from compress.formats.packed import Inexact, Layout, PackedFormat, Weights, halves
 from compress.formats.weight_format import Held
+from compress.numerics.affine import Quantized
 
 Version = Literal["v1", "v2"]
 GROUPS: Final = (16, 32, 64, 128, 256, 512, 1024)
@@ -135,20 +137,147 @@ class Gptq(PackedFormat):
 
     def read(self, tensors: Mapping[str, torch.Tensor], module: str, config: Mapping[str, Any]) -> Weights:
         """See `PackedFormat.read`; the version is the one that the configuration names."""
-        numbers = _rule(module, config)
-        bits, group = int(numbers["bits"]), int(numbers["group_size"])
-        qweight, qzeros, scales, g_idx = (tensors[name] for name in ("qweight", "qzeros", "scales", "g_idx"))
-        columns, rows = g_idx.numel(), qweight.shape[1]
-        groups = 1 if group == -1 else columns // group
-        wanted = [(columns * bits // _WORD, rows), (groups, rows * bits // _WORD), (groups, rows)]
-        if [tuple(tensor.shape) for tensor in (qweight, qzeros, scales)] != wanted:
-            raise ModelError(f"{module}: its tensors are not those of {bits} bits in {groups} groups")
-        integers = _fields(qweight, bits, columns)
-        zeros = _fields(qzeros.T, bits, rows).T
-        if config["checkpoint_format"] == _CODES["v1"]:
-            zeros = zeros + 1
-        index = g_idx.long()
-        return Weights((integers - zeros[index]).T.to(torch.int16), scales.float()[index].T)
+        integers, zeros, _ = _unpacked(tensors, module, config)
+        index = tensors["g_idx"].long()
+        return Weights((integers - zeros[index]).T.to(torch.int16), tensors["scales"].float()[index].T)
+
+
+def scheme_of(
+    tensors: Mapping[str, torch.Tensor], module: str, config: Mapping[str, Any]
+) -> tuple[Scheme, tuple[int, int]]:
+    """The scheme, and rows and columns, of one matrix, from its configuration and the shapes of its tensors.
+
+    Whoever wrote the checkpoint: fields that older writers leave out have the values that all readers give
+    them (version 1, symmetric).
+
+    Args:
+        tensors: by local name; of all but ``g_idx`` the shape is enough, so they may be on the meta device.
+        module: whose matrix it is.
+        config: the ``quantization_config``.
+
+    Raises:
+        ModelError: tensors and configuration contradict each other.
+        PlanError: the checkpoint stores what has no word elsewhere: groups out of order, other packing.
+    """
+    numbers = _layout(tensors, module, config)
+    index = tensors.get("g_idx")
+    if index is not None and not torch.equal(index.long(), torch.arange(numbers.columns) // numbers.width):
+        raise PlanError(
+            f"{module}: its inputs are grouped in the order of their activations (g_idx, desc_act), which "
+            "only GPTQ's kernels read",
+            "quantize the original model with quantize.gptq, whose activation order leaves groups in place",
+        )
+    return numbers.scheme, (numbers.rows, numbers.columns)
+
+
+def read_matrix(tensors: Mapping[str, torch.Tensor], module: str, config: Mapping[str, Any]) -> Quantized:
+    """One matrix as integers with scales in float16, lossless.
+
+    Args:
+        tensors: by local name.
+        module: whose matrix it is.
+        config: the ``quantization_config``.
+
+    Raises:
+        ModelError: tensors and configuration contradict each other.
+        PlanError: groups out of order; or a zero point of version 1 that readers add up differently.
+    """
+    scheme, _ = scheme_of(tensors, module, config)
+    integers, zeros, version = _unpacked(tensors, module, config)
+    middle = 1 << (scheme.bits - 1)
+    if version == "v1" and bool((zeros == 2 * middle).any()):
+        raise PlanError(
+            f"{module}: a group has the highest zero point of version 1 of GPTQ, which some readers take for "
+            f"{2 * middle} and others for 0",
+            "write the checkpoint as version 2 with the tool that made it",
+        )
+    if scheme.symmetric and bool((zeros != middle).any()):
+        wrong = int(zeros[zeros != middle][0])
+        raise ModelError(
+            f"{module}: it is said to be symmetric, and a group has the zero point {wrong}, not {middle}",
+            "is the version of the checkpoint (checkpoint_format) the right one?",
+        )
+    zero = None if scheme.symmetric else (zeros - middle).to(torch.int8).T.contiguous()
+    q = (integers - middle).to(torch.int8).T.contiguous()
+    return Quantized(q, tensors["scales"].T.contiguous(), zero, scheme)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the configuration and the shapes of the tensors say of one matrix."""
+
+    scheme: Scheme
+    rows: int
+    columns: int
+
+    @property
+    def width(self) -> int:
+        """Inputs of one group."""
+        return self.scheme.group_size or self.columns
+
+
+def _layout(tensors: Mapping[str, torch.Tensor], module: str, config: Mapping[str, Any]) -> _Layout:
+    _check_storage(config)
+    numbers = _rule(module, config)
+    bits, group = _whole(numbers, "bits", module), _whole(numbers, "group_size", module)
+    if bits not in BITS:
+        raise ModelError(f"{module}: a GPTQ checkpoint has 2, 3, 4 or 8 bits, and this one says {bits}")
+    columns, rows = tensors["qweight"].shape[0] * _WORD // bits, tensors["qweight"].shape[1]
+    if group != -1 and (group < 1 or columns % group):
+        raise ModelError(f"{module}: groups of {group} do not divide {columns} inputs")
+    groups = 1 if group == -1 else columns // group
+    wanted = {
+        "qweight": (columns * bits // _WORD, rows),
+        "qzeros": (groups, rows * bits // _WORD),
+        "scales": (groups, rows),
+        "g_idx": (columns,),
+    }
+    for name, shape in wanted.items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            raise ModelError(
+                f"{module}: its tensors are not those of {bits} bits in {groups} groups: {name} is "
+                f"{list(tensors[name].shape)}, expected {list(shape)}",
+                "do the configuration and the weight files belong together?",
+            )
+    scheme = Scheme(bits, None if group == -1 else group, bool(numbers.get("sym", True)))
+    return _Layout(scheme, rows, columns)
+
+
+def _unpacked(
+    tensors: Mapping[str, torch.Tensor], module: str, config: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, Version]:
+    """Integers ``[columns, rows]`` and zero points ``[groups, rows]``, int64, not negative; the version."""
+    numbers = _layout(tensors, module, config)
+    bits = numbers.scheme.bits
+    zeros = _fields(tensors["qzeros"].T, bits, numbers.rows).T
+    version: Version = "v1" if checkpoint_format(config) == _CODES["v1"] else "v2"
+    integers = _fields(tensors["qweight"], bits, numbers.columns)
+    return integers, zeros + 1 if version == "v1" else zeros, version
+
+
+def checkpoint_format(config: Mapping[str, Any]) -> str:
+    """The version that a ``quantization_config`` names; what names none is version 1, which came first."""
+    return str(config.get("checkpoint_format") or config.get("format") or _CODES["v1"])
+
+
+def _check_storage(config: Mapping[str, Any]) -> None:
+    stored = checkpoint_format(config)
+    if stored not in _CODES.values():
+        raise PlanError(
+            f"the GPTQ checkpoint is packed as '{stored}', expected {' or '.join(_CODES.values())}",
+            "start from the checkpoint before it was packed for one kernel",
+        )
+    words = config.get("pack_dtype") or "int32"
+    if words != "int32":
+        raise PlanError(f"the GPTQ checkpoint is packed in {words}, expected int32", "pack it in int32")
+
+
+def _whole(numbers: Mapping[str, Any], name: str, module: str) -> int:
+    """A whole number of the configuration."""
+    value = numbers.get(name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ModelError(f"{module}: the quantization_config says {name} {value!r}, expected a whole number")
+    return value
 
 
 def _numbers(scheme: Scheme) -> dict[str, Any]:
@@ -161,8 +290,8 @@ def _numbers(scheme: Scheme) -> dict[str, Any]:
 
 def _rule(module: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Bits and group of one module: the first rule that matches its name, else what holds for all."""
-    for pattern, numbers in config.get("dynamic", {}).items():
-        if re.match(pattern[2:], module):
+    for pattern, numbers in (config.get("dynamic") or {}).items():
+        if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
             if pattern.startswith("-:"):
                 raise ModelError(f"{module} is packed, and the configuration says that it is not")
             return {**config, **numbers}

@@ -8,7 +8,7 @@ from torch import nn
 
 from compress.core.artifact import Artifact
 from compress.core.errors import ModelError, PlanError
-from compress.formats.compressed_tensors import UnknownStorage, read_matrix
+from compress.formats.compressed_tensors import UnknownStorage, holds_floats, quantizes_inputs, read_matrix
 from compress.formats.matmul_nbits import obstacle
 from compress.models.checkpoint import Checkpoint
 from compress.models.integers import integer_matrices, module_of
@@ -40,9 +40,20 @@ def check_storage(source: Artifact) -> None:
     """Refuse an artifact whose weights cannot be read.
 
     Raises:
-        PlanError: it is quantized in another format than compressed-tensors.
+        PlanError: it is quantized in another format than compressed-tensors, quantizes its inputs, or holds
+            small floats.
     """
     quantization = source.config.get("quantization_config")
+    if quantization is not None and quantizes_inputs(quantization):
+        raise PlanError(
+            f"{source.path} quantizes the inputs of its layers, and an exported graph would not",
+            "export the float model, or one whose weights alone are quantized (--activations none)",
+        )
+    if quantization is not None and holds_floats(quantization):
+        raise PlanError(
+            f"{source.path} holds its weights as small floats, which are not exported",
+            "export the float model, or one whose weights are integers",
+        )
     if quantization is not None and quantization.get("quant_method") != "compressed-tensors":
         raise PlanError(
             f"{source.path} is stored as '{quantization.get('quant_method')}', which is not exported",

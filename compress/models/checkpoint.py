@@ -189,12 +189,12 @@ class _Stored:
 
     @property
     def dtype(self) -> torch.dtype:
-        if self._entry.dtype not in _DTYPES:
+        if self._entry.dtype not in DTYPES:
             raise ModelError(
                 f"{self._entry.file}: '{self._entry.name}' is {self._entry.dtype}, which torch does not know",
-                f"known: {', '.join(_DTYPES)}",
+                f"known: {', '.join(DTYPES)}",
             )
-        return _DTYPES[self._entry.dtype]
+        return DTYPES[self._entry.dtype]
 
     def get_dtype(self) -> str:
         return self._entry.dtype
@@ -216,7 +216,7 @@ class _Stored:
         return raw.view(self.dtype).reshape(self._entry.shape)[index]
 
 
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -230,3 +230,4 @@ _DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""The format's words for types that torch has too."""

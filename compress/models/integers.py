@@ -7,7 +7,14 @@ from torch import nn
 
 from compress.models.checkpoint import Checkpoint
 
-PARTS: Final = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+PARTS: Final = (
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_g_idx",
+    "weight_global_scale",
+)
 """Local names of the tensors that one packed matrix consists of on disk."""
 
 
@@ -33,7 +40,8 @@ def module_of(model: Any, checkpoint: Checkpoint, stem: str) -> str | None:
         Its name; ``None`` where transformers fuses the matrix with others (experts), so that it is the
         weight of no module of its own.
     """
-    any_name = next(name for name in checkpoint.names if name.startswith(f"{stem}.weight"))
+    begins = (f"{stem}.weight", f"{stem}.qweight")
+    any_name = next(name for name in checkpoint.names if name.startswith(begins))
     local = any_name.removeprefix(f"{stem}.")
     target = checkpoint.target[any_name].removesuffix(f".{local}")
     prefix = f"{model.base_model_prefix}."

@@ -81,6 +81,11 @@ class Quantized:
             values = values - self.zero.to(self.scale.dtype).unsqueeze(-1)
         return (values * self.scale.unsqueeze(-1)).flatten(1)
 
+    def parts(self) -> dict[str, torch.Tensor]:
+        """What is written of it, with the rows in front."""
+        parts = {"q": self.q, "scale": self.scale}
+        return parts if self.zero is None else {**parts, "zero": self.zero}
+
     def rows(self, start: int, stop: int) -> "Quantized":
         """The rows from ``start`` up to ``stop``, as views: one layer out of several that were stacked."""
         zero = None if self.zero is None else self.zero[start:stop]

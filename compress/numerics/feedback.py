@@ -7,13 +7,14 @@ over the columns of all rows at once.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from compress.core.scheme import Scheme
-from compress.numerics.affine import Quantized, smallest_scale
+from compress.numerics.affine import ClipSearch, Quantized, choose_scales, smallest_scale
 from compress.numerics.grouping import group_width, row_chunks
-from compress.numerics.hessian import FeedbackFactor, Hessian
+from compress.numerics.hessian import FeedbackFactor, Hessian, Order
 from compress.numerics.precision import full_precision
 
 DEVICE_ELEMENTS = 1 << 26
@@ -21,6 +22,90 @@ DEVICE_ELEMENTS = 1 << 26
 HOST_ROWS = 2048
 """Rows that are worked on at once on a CPU: enough that the walk over the columns costs little, few enough
 that the copies stay small beside the block that the weights belong to."""
+WIDEST_BLOCK = 1024
+"""Columns of the widest group whose full Hessian is used to search its range; wider ones use its diagonal,
+because the search costs rows x columns x width for each candidate."""
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """How the range of a group is chosen before its integers are.
+
+    Attributes:
+        clip: ``none`` takes the extremes of a group, ``mse`` the range with the least squared error of the
+            weights, ``hessian`` the one with the least error of the layer's output.
+        signed: whether a searched range may have a negative scale (`ClipSearch.signed`).
+    """
+
+    clip: Literal["none", "mse", "hessian"] = "hessian"
+    signed: bool = True
+
+    @property
+    def search(self) -> ClipSearch | None:
+        """The candidates, for `numerics.affine.choose_scales`."""
+        return None if self.clip == "none" else ClipSearch(signed=self.signed)
+
+    def importance(self, hessian: Hessian, scheme: Scheme, damping: float) -> torch.Tensor | None:
+        """How errors count among the candidates; see `numerics.affine.choose_scales`."""
+        if self.clip != "hessian":
+            return None
+        width = scheme.group_size or hessian.columns
+        return hessian.blocks(width, damping) if width <= WIDEST_BLOCK else hessian.diagonal
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A matrix that was rounded with error feedback.
+
+    Attributes:
+        quantized: the integers with their scales.
+        damping: what was added to the Hessian's diagonal, relative to its mean.
+        dead_columns: how many columns were zero for every token.
+    """
+
+    quantized: Quantized
+    damping: float
+    dead_columns: int
+
+
+def solve(
+    weight: torch.Tensor,
+    hessian: Hessian,
+    scheme: Scheme,
+    storage: torch.dtype,
+    *,
+    ranges: Ranges,
+    damping: float,
+    order: Order = "static",
+    sweeps: int = 4,
+    block: int = 128,
+) -> Solution:
+    """Choose ranges, round with error feedback, refine: all that follows from a Hessian.
+
+    Args:
+        weight: float32 ``[rows, columns]``; its dead columns are overwritten with zero, so that no range is
+            spent on weights that do not matter.
+        hessian: of the layer's input.
+        scheme: bits, group, symmetry and range.
+        storage: dtype of the scales.
+        ranges: how the range of a group is chosen.
+        damping: added to the Hessian's diagonal, relative to its mean; grows where it is too small.
+        order: of the columns, `Hessian.factor`.
+        sweeps: of `refine`.
+        block: columns between two large updates.
+
+    Raises:
+        CalibrationError: no data reached the layer, or its Hessian cannot be used.
+        ModelError: the weight holds NaN or infinite values.
+    """
+    factor = hessian.factor(damping, order)
+    dead = hessian.dead
+    weight[:, dead] = 0
+    importance = ranges.importance(hessian, scheme, factor.damping)
+    scale, zero = choose_scales(weight, scheme, storage, search=ranges.search, importance=importance)
+    rounded = round_with_feedback(weight, scale, zero, scheme, factor, block)
+    rounded = refine(weight, rounded, hessian, damping=factor.damping, sweeps=sweeps, block=block)
+    return Solution(rounded, factor.damping, int(dead.sum()))
 
 
 def _working_rows(weight: torch.Tensor) -> Iterator[slice]:

@@ -13,7 +13,7 @@ import torch
 from compress.core.errors import CalibrationError
 from compress.numerics.grouping import row_chunks
 from compress.numerics.precision import full_precision
-from compress.numerics.statistic import Statistic
+from compress.numerics.statistic import Statistic, check_sums
 
 Order = Literal["static", "none"]
 
@@ -129,16 +129,7 @@ class Hessian(Statistic):
         Raises:
             CalibrationError: no token was seen, or an input was NaN or infinite.
         """
-        if self.tokens == 0:
-            raise CalibrationError(
-                "no calibration token reached this layer",
-                "calibrate on more or other text, or leave the module out with `ignore`",
-            )
-        if not bool(torch.isfinite(self._sum.diagonal()).all()):
-            raise CalibrationError(
-                "the calibration inputs of this layer hold NaN or infinite values",
-                "check that the model is sound in this dtype: does it give finite losses on the text?",
-            )
+        check_sums(self.tokens, self._sum.diagonal())
 
     def factor(self, damping: float, order: Order) -> FeedbackFactor:
         """The factor for this damping, or for the smallest larger one with which it exists.

@@ -13,12 +13,11 @@ from typing import final
 
 import torch
 
-from compress.core.errors import CalibrationError
-from compress.numerics.statistic import Statistic
+from compress.numerics.statistic import ColumnStatistic, Statistic, check_sums
 
 
 @final
-class ColumnNorms(Statistic):
+class ColumnNorms(ColumnStatistic):
     """The Euclidean norm of each input column over all tokens, accumulated as squares in float64.
 
     Args:
@@ -27,24 +26,11 @@ class ColumnNorms(Statistic):
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
-        self.columns = columns
-        self.tokens = 0
+        super().__init__(columns, device)
         self._squares = torch.zeros(columns, dtype=torch.float64, device=device)
 
-    @torch.no_grad()
-    def add(self, rows: torch.Tensor) -> None:
-        """Take in rows ``[tokens, columns]`` of any float dtype.
-
-        Raises:
-            ValueError: the shape does not fit.
-        """
-        if rows.ndim != 2 or rows.shape[1] != self.columns:
-            raise ValueError(f"expected rows [tokens, {self.columns}], got {list(rows.shape)}")
-        if rows.shape[0] == 0:
-            return
-        values = rows.to(self._squares.device).float()
+    def _take(self, values: torch.Tensor) -> None:
         self._squares += values.square().sum(0, dtype=torch.float64)
-        self.tokens += rows.shape[0]
 
     @property
     def norms(self) -> torch.Tensor:
@@ -53,7 +39,7 @@ class ColumnNorms(Statistic):
         Raises:
             CalibrationError: no token was seen, or an input was NaN or infinite.
         """
-        _check(self.tokens, self._squares)
+        check_sums(self.tokens, self._squares)
         return self._squares.sqrt().float()
 
 
@@ -100,7 +86,7 @@ class PartImportance(Statistic):
         Raises:
             CalibrationError: no token was seen, or an input was NaN or infinite.
         """
-        _check(self.tokens, self._squares)
+        check_sums(self.tokens, self._squares)
         return self._squares.sqrt().cpu()
 
 
@@ -159,16 +145,3 @@ def strongest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """
     order = torch.sort(scores, descending=True, stable=True).indices
     return order[:count].sort().values
-
-
-def _check(tokens: int, squares: torch.Tensor) -> None:
-    if tokens == 0:
-        raise CalibrationError(
-            "no calibration token reached this layer",
-            "calibrate on more or other text",
-        )
-    if not bool(torch.isfinite(squares).all()):
-        raise CalibrationError(
-            "the calibration inputs of this layer hold NaN or infinite values",
-            "check that the model is sound in this dtype: does it give finite losses on the text?",
-        )

@@ -14,13 +14,12 @@ from typing import final
 
 import torch
 
-from compress.core.errors import CalibrationError
 from compress.core.scheme import Scheme
 from compress.numerics.affine import round_to_nearest
 from compress.numerics.grouping import grouped, row_chunks
 from compress.numerics.hessian import Hessian
 from compress.numerics.precision import full_precision
-from compress.numerics.statistic import Statistic
+from compress.numerics.statistic import ColumnStatistic, Statistic, check_sums
 
 _SMALLEST = 1e-5
 """Of a magnitude: below it a column counts as one that is never used, as in SmoothQuant's own code."""
@@ -31,7 +30,7 @@ _CHUNK = 1 << 24
 
 
 @final
-class Magnitudes(Statistic):
+class Magnitudes(ColumnStatistic):
     """The largest and the mean magnitude of each input column.
 
     Args:
@@ -40,26 +39,14 @@ class Magnitudes(Statistic):
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
-        self.columns = columns
-        self.tokens = 0
+        super().__init__(columns, device)
         self._largest = torch.zeros(columns, dtype=torch.float32, device=device)
         self._sum = torch.zeros(columns, dtype=torch.float64, device=device)
 
-    @torch.no_grad()
-    def add(self, rows: torch.Tensor) -> None:
-        """Take in rows ``[tokens, columns]`` of any float dtype.
-
-        Raises:
-            ValueError: the shape does not fit.
-        """
-        if rows.ndim != 2 or rows.shape[1] != self.columns:
-            raise ValueError(f"expected rows [tokens, {self.columns}], got {list(rows.shape)}")
-        if rows.shape[0] == 0:
-            return
-        values = rows.to(self._sum.device).float().abs()
-        self._largest = torch.maximum(self._largest, values.amax(0))
-        self._sum += values.sum(0, dtype=torch.float64)
-        self.tokens += rows.shape[0]
+    def _take(self, values: torch.Tensor) -> None:
+        magnitudes = values.abs()
+        self._largest = torch.maximum(self._largest, magnitudes.amax(0))
+        self._sum += magnitudes.sum(0, dtype=torch.float64)
 
     @property
     def largest(self) -> torch.Tensor:
@@ -68,7 +55,7 @@ class Magnitudes(Statistic):
         Raises:
             CalibrationError: no token was seen, or an input was NaN or infinite.
         """
-        self._check()
+        check_sums(self.tokens, self._sum)
         return self._largest
 
     @property
@@ -78,20 +65,8 @@ class Magnitudes(Statistic):
         Raises:
             CalibrationError: no token was seen, or an input was NaN or infinite.
         """
-        self._check()
+        check_sums(self.tokens, self._sum)
         return (self._sum / self.tokens).float()
-
-    def _check(self) -> None:
-        if self.tokens == 0:
-            raise CalibrationError(
-                "no calibration token reached this layer",
-                "calibrate on more or other text, or leave the module out with `ignore`",
-            )
-        if not bool(torch.isfinite(self._sum).all()):
-            raise CalibrationError(
-                "the calibration inputs of this layer hold NaN or infinite values",
-                "check that the model is sound in this dtype: does it give finite losses on the text?",
-            )
 
 
 @final

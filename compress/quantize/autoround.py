@@ -31,22 +31,19 @@ from pydantic import Field
 
 from compress.core.errors import CalibrationError
 from compress.core.passes import Paper
-from compress.core.scheme import Range, Scheme
-from compress.sweep.rounder import BlockRounder, Rounded, Work
+from compress.core.scheme import Scheme
+from compress.sweep.rounder import BlockRounder, IntegerRange, Rounded, SignedScales, Work
 
 if TYPE_CHECKING:
     import random
 
     import torch
 
-    from compress.numerics.affine import ClipSearch, Quantized
-    from compress.numerics.hessian import Hessian
+    from compress.numerics.affine import Quantized
     from compress.numerics.statistic import Statistic
     from compress.sweep.joint import BlockProblem
     from compress.sweep.matrices import Matrix
 
-_WIDEST_BLOCK = 1024
-"""Columns of the widest group whose full Hessian is used to search its range; wider ones use its diagonal."""
 _REFINEMENT = 4
 """Sweeps of coordinate descent after error feedback, as in the default of `quantize.gptq`."""
 _STRETCHED = 2.0
@@ -110,15 +107,8 @@ class AutoRound(BlockRounder):
         description="range to begin with: `none` takes the extremes of a group as in the paper, `mse` the "
         "one with the least squared error of the weights, `hessian` that of the layer's output",
     )
-    integer_range: Range = Field(
-        default="full",
-        description="integers of a symmetric scheme: `full` uses all of them, `narrow` leaves out the lowest",
-    )
-    signed_scales: bool = Field(
-        default=True,
-        description="let a scale be negative where that fits a group better; needs a searched range (`clip`) "
-        "and the `full` integer range",
-    )
+    integer_range: IntegerRange = "full"
+    signed_scales: SignedScales = True
     damping: float = Field(
         default=0.05,
         ge=0,
@@ -126,11 +116,6 @@ class AutoRound(BlockRounder):
         description="added to the diagonal of the layer's Hessian for the beginning, relative to its mean; "
         "grows where it is too small",
     )
-
-    @property
-    def range(self) -> Range:
-        """The integer range of a symmetric scheme."""
-        return self.integer_range
 
     @property
     def work(self) -> Work:
@@ -159,11 +144,11 @@ class AutoRound(BlockRounder):
             CalibrationError: no data reached the layer, or its Hessian cannot be used.
             ModelError: the weight holds NaN or infinite values.
         """
-        from compress.numerics.affine import choose_scales, round_to_nearest
-        from compress.numerics.feedback import refine, round_with_feedback
+        from compress.numerics.affine import round_to_nearest
+        from compress.numerics.feedback import Ranges, solve
         from compress.numerics.hessian import Hessian
 
-        search = self._search()
+        ranges = Ranges(self.clip, self.signed_scales)
         if not isinstance(statistic, Hessian):
             if statistic is not None and (self.start == "feedback" or self.clip == "hessian"):
                 raise CalibrationError(
@@ -171,19 +156,19 @@ class AutoRound(BlockRounder):
                     "give calibration text, or --start nearest with --clip mse",
                 )
             # Without input (an embedding), or without need of it.
-            return Rounded(round_to_nearest(weight, scheme, storage, search=search))
-        statistic.check()
-        importance = self._importance(statistic, scheme, self.damping)
+            return Rounded(round_to_nearest(weight, scheme, storage, search=ranges.search))
         if self.start == "nearest":
-            return Rounded(round_to_nearest(weight, scheme, storage, search=search, importance=importance))
-        factor = statistic.factor(self.damping, "static")
-        if factor.damping != self.damping:
-            importance = self._importance(statistic, scheme, factor.damping)
-        weight[:, statistic.dead] = 0
-        scale, zero = choose_scales(weight, scheme, storage, search=search, importance=importance)
-        rounded = round_with_feedback(weight, scale, zero, scheme, factor)
-        rounded = refine(weight, rounded, statistic, damping=factor.damping, sweeps=_REFINEMENT)
-        return Rounded(rounded, {"damping": factor.damping, "dead_columns": int(statistic.dead.sum())})
+            statistic.check()
+            importance = ranges.importance(statistic, scheme, self.damping)
+            return Rounded(
+                round_to_nearest(weight, scheme, storage, search=ranges.search, importance=importance)
+            )
+        solution = solve(
+            weight, statistic, scheme, storage, ranges=ranges, damping=self.damping, sweeps=_REFINEMENT
+        )
+        return Rounded(
+            solution.quantized, {"damping": solution.damping, "dead_columns": solution.dead_columns}
+        )
 
     def round_together(
         self, starts: "Mapping[Matrix, Quantized]", problem: "BlockProblem"
@@ -239,18 +224,6 @@ class AutoRound(BlockRounder):
     @property
     def _looks(self) -> int:
         return min(self.looks, max(1, self.iterations))
-
-    def _search(self) -> "ClipSearch | None":
-        from compress.numerics.affine import ClipSearch
-
-        return None if self.clip == "none" else ClipSearch(signed=self.signed_scales)
-
-    def _importance(self, hessian: "Hessian", scheme: Scheme, damping: float) -> "torch.Tensor | None":
-        """How errors count in the search for a group's range; see `numerics.affine.choose_scales`."""
-        if self.clip != "hessian":
-            return None
-        width = scheme.group_size or hessian.columns
-        return hessian.blocks(width, damping) if width <= _WIDEST_BLOCK else hessian.diagonal
 
 
 def _order(batches: int, steps: int, numbers: "random.Random") -> list[int]:

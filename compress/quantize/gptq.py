@@ -18,19 +18,14 @@ from pydantic import Field
 
 from compress.core.errors import CalibrationError
 from compress.core.passes import Paper
-from compress.core.scheme import Range, Scheme
-from compress.sweep.rounder import Rounded, Rounder
+from compress.core.scheme import Scheme
+from compress.sweep.rounder import IntegerRange, Rounded, Rounder, SignedScales
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.numerics.affine import ClipSearch
     from compress.numerics.hessian import Hessian
     from compress.numerics.statistic import Statistic
-
-_WIDEST_BLOCK = 1024
-"""Columns of the widest group whose full Hessian is used to search its range; wider ones use its diagonal,
-because the search costs rows x columns x width for each candidate."""
 
 
 @final
@@ -66,15 +61,8 @@ class Gptq(Rounder):
         description="range of a group: `none` takes its extremes, `mse` the one with the least squared error "
         "of the weights, `hessian` the one with the least error of the layer's output",
     )
-    integer_range: Range = Field(
-        default="full",
-        description="integers of a symmetric scheme: `full` uses all of them, `narrow` leaves out the lowest",
-    )
-    signed_scales: bool = Field(
-        default=True,
-        description="let a scale be negative where that fits a group better; needs a searched range (`clip`) "
-        "and the `full` integer range",
-    )
+    integer_range: IntegerRange = "full"
+    signed_scales: SignedScales = True
     refinement: int = Field(
         default=4,
         ge=0,
@@ -84,11 +72,6 @@ class Gptq(Rounder):
     block_size: int = Field(
         default=128, ge=1, description="columns between two large updates; changes speed and memory only"
     )
-
-    @property
-    def range(self) -> Range:
-        """The integer range of a symmetric scheme."""
-        return self.integer_range
 
     def statistic(self, columns: int, device: "torch.device") -> "Hessian":
         """An empty Hessian."""
@@ -109,53 +92,34 @@ class Gptq(Rounder):
             CalibrationError: no data reached the layer, or its Hessian cannot be used.
             ModelError: the weight holds NaN or infinite values.
         """
-        from compress.numerics.affine import choose_scales, round_to_nearest
-        from compress.numerics.feedback import output_error, refine, round_with_feedback
+        from compress.numerics.affine import round_to_nearest
+        from compress.numerics.feedback import Ranges, output_error, solve
         from compress.numerics.hessian import Hessian
 
+        ranges = Ranges(self.clip, self.signed_scales)
         if statistic is None:
             # An embedding: rows are looked up, so errors of its columns do not add up and nothing can make
             # up for them. With the identity for a Hessian, GPTQ is rounding to nearest.
-            return Rounded(round_to_nearest(weight, scheme, storage, search=self._search()))
+            return Rounded(round_to_nearest(weight, scheme, storage, search=ranges.search))
         if not isinstance(statistic, Hessian):
             raise CalibrationError(
                 f"GPTQ needs the Hessian of the layer's input, got {type(statistic).__name__}",
                 "give calibration text",
             )
-        factor = statistic.factor(self.damping, self.activation_order)
-        dead = statistic.dead
-        weight[:, dead] = 0
-        scale, zero = choose_scales(
+        solution = solve(
             weight,
+            statistic,
             scheme,
             storage,
-            search=self._search(),
-            importance=self._importance(statistic, scheme, factor.damping),
-        )
-        rounded = round_with_feedback(weight, scale, zero, scheme, factor, self.block_size)
-        rounded = refine(
-            weight,
-            rounded,
-            statistic,
-            damping=factor.damping,
+            ranges=ranges,
+            damping=self.damping,
+            order=self.activation_order,
             sweeps=self.refinement,
             block=self.block_size,
         )
         notes = {
-            "damping": factor.damping,
-            "dead_columns": int(dead.sum()),
-            "output_error": output_error(weight, rounded, statistic),
+            "damping": solution.damping,
+            "dead_columns": solution.dead_columns,
+            "output_error": output_error(weight, solution.quantized, statistic),
         }
-        return Rounded(rounded, notes)
-
-    def _search(self) -> "ClipSearch | None":
-        from compress.numerics.affine import ClipSearch
-
-        return None if self.clip == "none" else ClipSearch(signed=self.signed_scales)
-
-    def _importance(self, hessian: "Hessian", scheme: Scheme, damping: float) -> "torch.Tensor | None":
-        """How errors count in the search for a group's range; see `numerics.affine.choose_scales`."""
-        if self.clip != "hessian":
-            return None
-        width = scheme.group_size or hessian.columns
-        return hessian.blocks(width, damping) if width <= _WIDEST_BLOCK else hessian.diagonal
+        return Rounded(solution.quantized, notes)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, final
 from pydantic import Field
 
 from compress.core.passes import Paper
-from compress.core.scheme import Range, Scheme
-from compress.sweep.rounder import Rounded, Rounder
+from compress.core.scheme import Scheme
+from compress.sweep.rounder import IntegerRange, Rounded, Rounder, SignedScales
 
 if TYPE_CHECKING:
     import torch
@@ -62,20 +62,8 @@ class Hqq(Rounder):
         description="ranges to begin with: `none` takes the extremes of a group as the original does, `norm` "
         "also the ones with the least error in the norm",
     )
-    integer_range: Range = Field(
-        default="full",
-        description="integers of a symmetric scheme: `full` uses all of them, `narrow` leaves out the lowest",
-    )
-    signed_scales: bool = Field(
-        default=True,
-        description="let a scale be negative where that fits a group better; needs a searched range (`clip`) "
-        "and the `full` integer range",
-    )
-
-    @property
-    def range(self) -> Range:
-        """The integer range of a symmetric scheme."""
-        return self.integer_range
+    integer_range: IntegerRange = "full"
+    signed_scales: SignedScales = True
 
     def statistic(self, columns: int, device: "torch.device") -> None:
         """No data is needed."""

@@ -2,6 +2,12 @@
 
 The baseline of every other rounder, and at 8 bits usually all that is needed. It costs one pass over the
 weights. Where 4 bits hurt, a method that sees data (`quantize.gptq`) recovers most of the loss.
+
+It rounds to every format. `--format fp8` and 8-bit integers with `--activations dynamic` are what servers
+multiply fastest: inputs are rounded too while the model runs, with a scale for each token. A fixed scale
+(`--activations static`) saves finding it, and comes from calibration text; inputs beyond what the text
+showed are cut off. `nvfp4` and `mxfp4` are the 4-bit floats of newer hardware. With integers, outliers of the
+inputs hurt: `quantize.smoothquant` moves them into the weights first.
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal, final
@@ -9,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, final
 from pydantic import Field
 
 from compress.core.passes import Paper
-from compress.core.scheme import Range, Scheme
+from compress.core.scheme import Format, Range, Scheme
 from compress.sweep.rounder import Rounded, Rounder
 
 if TYPE_CHECKING:
@@ -32,7 +38,11 @@ class Rtn(Rounder):
     examples: ClassVar[tuple[str, ...]] = (
         "--bits 8 --group-size channel",
         "--bits 4 --group-size 32 --clip mse",
+        "--format fp8 --activations dynamic",
+        "--bits 8 --group-size channel --activations static --calibration TEXT",
     )
+
+    formats: ClassVar[tuple[Format, ...]] = ("int", "fp8", "nvfp4", "mxfp4")
 
     integer_range: Range = Field(
         default="narrow",
@@ -43,11 +53,6 @@ class Rtn(Rounder):
         default="none",
         description="range of a group: `none` takes its extremes, `mse` the one with the least squared error",
     )
-
-    @property
-    def range(self) -> Range:
-        """The integer range of a symmetric scheme."""
-        return self.integer_range
 
     def statistic(self, columns: int, device: "torch.device") -> None:
         """No data is needed."""
@@ -65,7 +70,10 @@ class Rtn(Rounder):
             ModelError: the weight holds NaN or infinite values.
         """
         from compress.numerics.affine import ClipSearch, round_to_nearest
+        from compress.numerics.floats import round_to_floats
 
         del statistic
         search = ClipSearch() if self.clip == "mse" else None
+        if not scheme.integers:
+            return Rounded(round_to_floats(weight, scheme, storage, search=search))
         return Rounded(round_to_nearest(weight, scheme, storage, search=search))

@@ -1,9 +1,12 @@
 """Stock transformers in eager mode: the reference runtime, which every transformers artifact runs on.
 
 A compressed-tensors artifact runs dense here, because transformers has no kernel for it: it gets neither
-faster nor smaller in memory than the float model. Its accuracy is the one that its users get.
+faster nor smaller in memory than the float model. Its accuracy is the one that its users get: where its
+configuration says that inputs are quantized, they are rounded in front of every layer, as transformers does.
 """
 
+import contextlib
+import io
 import json
 import warnings
 from collections.abc import Mapping
@@ -18,6 +21,7 @@ from transformers import CompressedTensorsConfig
 from compress.core.artifact import Artifact
 from compress.core.errors import ModelError
 from compress.core.facts import MEANING, Fact
+from compress.formats.compressed_tensors import quantizes_inputs
 from compress.models.load import loaded_dtype, quiet
 from compress.models.tasks import Task
 from compress.runtimes import Placement, Runtime, Session, Unavailable
@@ -64,7 +68,7 @@ def load_model(artifact: Artifact, task: Task, placement: Placement) -> tuple[An
     quantization = artifact.config.get("quantization_config")
     facts: dict[str, Any] = {}
     arguments: dict[str, Any] = {"dtype": dtype}
-    mixed = False
+    layered = False
     if quantization is not None:
         method = quantization.get("quant_method")
         if method == "bitsandbytes":
@@ -72,19 +76,23 @@ def load_model(artifact: Artifact, task: Task, placement: Placement) -> tuple[An
         if method != "compressed-tensors":
             raise Unavailable(f"torch-eager does not run '{method}' models")
         facts["runs"] = "dense, dequantized while loading"
-        mixed = len(_schemes(quantization)) > 1
-        if mixed:
-            # transformers' own dequantization takes one scheme for all layers; the compressed layout
-            # knows each layer's, and is decompressed below.
+        inputs = quantizes_inputs(quantization)
+        if inputs:
+            facts["runs"] += ", inputs rounded in front of every layer"
+            _check_not_dropped(artifact, quantization)
+        layered = inputs or len(_schemes(quantization)) > 1
+        if layered:
+            # transformers' own dequantization takes one scheme for all layers and forgets about inputs; the
+            # compressed layout knows each layer's, and is decompressed below.
             arguments["dtype"] = stored
         else:
             arguments["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     model = _from_pretrained(artifact, task, arguments, trust_remote_code=placement.trust_remote_code)
-    if mixed:
+    if layered:
         compressor: ModelCompressor = model.hf_quantizer.compressor
-        with quiet():
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
             compressor.decompress_model(model)
-    return model.to(device=device, dtype=dtype).eval(), facts
+    return _placed(model, device, dtype).eval(), facts
 
 
 def _with_bitsandbytes(
@@ -101,6 +109,28 @@ def _with_bitsandbytes(
 def _schemes(quantization: Mapping[str, Any]) -> set[str]:
     groups = quantization.get("config_groups") or {}
     return {json.dumps(group.get("weights"), sort_keys=True) for group in groups.values()}
+
+
+def _placed(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model on a device in a dtype, but for the scales of whole tensors, which are float32 everywhere."""
+    whole = {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if name.endswith("_global_scale")
+    }
+    model = model.to(device=device, dtype=dtype)
+    for name, scale in whole.items():
+        model.get_parameter(name).data = scale.to(device)
+    return model
+
+
+def _check_not_dropped(artifact: Artifact, quantization: Mapping[str, Any]) -> None:
+    """Refuse a configuration with which transformers would leave inputs as they are, without a word."""
+    if quantization.get("dequantize") or quantization.get("run_compressed") is False:
+        raise Unavailable(
+            f"{artifact.path.name} says that inputs are quantized, and also that it is to be dequantized "
+            "while it is loaded, after which they would not be"
+        )
 
 
 def _from_pretrained(

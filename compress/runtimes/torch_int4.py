@@ -16,7 +16,7 @@ from compress.core.artifact import Artifact
 from compress.core.errors import ModelError
 from compress.core.facts import Fact
 from compress.core.scheme import Scheme
-from compress.formats.compressed_tensors import UnknownStorage, read_matrix
+from compress.formats.compressed_tensors import UnknownStorage, quantizes_inputs, read_matrix
 from compress.models.checkpoint import Checkpoint
 from compress.models.integers import integer_matrices, module_of
 from compress.models.load import loaded_dtype, skeleton
@@ -48,6 +48,8 @@ class TorchInt4(Runtime):
             raise Unavailable("the model holds no integer weights")
         if quantization.get("quant_method") != "compressed-tensors":
             raise Unavailable(f"torch-int4 does not read '{quantization.get('quant_method')}' models")
+        if quantizes_inputs(quantization):
+            raise Unavailable("the model quantizes its inputs, and the kernels here take them as floats")
         device = chosen_device(placement.device)
         dtype = loaded_dtype(artifact) if placement.dtype == "auto" else getattr(torch, placement.dtype)
         model = skeleton(artifact, task=task.name, dtype=dtype, trust_remote_code=placement.trust_remote_code)

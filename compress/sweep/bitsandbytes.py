@@ -21,7 +21,7 @@ from compress.sweep.matrices import Matrix, find_matrices
 from compress.sweep.prediction import predict_rewriting
 from compress.sweep.selection import check_patterns, ignored, unheld
 from compress.sweep.sweep import Sweep
-from compress.sweep.treatment import Replacement, Treated, Treatment
+from compress.sweep.treatment import Replacement, SeparateTreatment, Treated
 from compress.sweep.verification import prepared
 from compress.sweep.walk import placed_skeleton
 
@@ -150,7 +150,7 @@ class _Values(Replacement):
 
 @final
 @dataclass(frozen=True)
-class _Rounding(Treatment):
+class _Rounding(SeparateTreatment):
     """A format of bitsandbytes as a treatment; labels are forms.
 
     Attributes:
@@ -164,18 +164,6 @@ class _Rounding(Treatment):
     @property
     def calibrated(self) -> bool:
         return False
-
-    @property
-    def staged(self) -> bool:
-        return False
-
-    @property
-    def original(self) -> bool:
-        return False
-
-    @property
-    def joint(self) -> None:
-        return None
 
     def statistic(self, columns: int, device: torch.device) -> None:
         return None

@@ -23,7 +23,7 @@ from compress.core.run import Run
 from compress.models.blocks import Block, Recording, Reentry, find_blocks, hidden_state
 from compress.models.checkpoint import Checkpoint
 from compress.models.fold_search import find_folds
-from compress.models.folds import Fold, Rescaling
+from compress.models.folds import Fold, Folds, Rescaling
 from compress.models.load import loaded_dtype, skeleton
 from compress.models.probe import input_features, output_features
 from compress.numerics.smoothing import Reading
@@ -99,10 +99,7 @@ def plan_folding(
     check_patterns({"--ignore": smoother.ignore}, model, layers | set(unfolded))
     if not folds:
         first = next(iter(sorted(unfolded.items())), ("the model", "holds no linear layer"))
-        raise PlanError(
-            f"no layer's input can be scaled: {first[0]}: {first[1]}",
-            "loosen --ignore or --producers, or round without this transform",
-        )
+        raise PlanError(f"no layer's input can be scaled: {first[0]}: {first[1]}", _remedy(smoother, found))
     for entry in folds:
         for reader in entry.readers:
             refusal = smoother.refusal(len(reader.channels))
@@ -112,6 +109,15 @@ def plan_folding(
                     f"{path} {refusal}", f"give --fallback channel, or leave it alone with --ignore '{path}'"
                 )
     return FoldPlan(tuple(folds), dict(sorted(unfolded.items())))
+
+
+def _remedy(smoother: Smoother, found: Folds) -> str:
+    """What to do where nothing is left to fold."""
+    if smoother.into == "norms" and any(entry.kind != "norm" for entry in found.folds):
+        return "let linear layers take factors with --producers all, or round without this transform"
+    if smoother.ignore:
+        return "loosen --ignore, or round without this transform"
+    return "round without this transform"
 
 
 def _reason(

@@ -25,7 +25,7 @@ from compress.sweep.matrices import Matrix, find_matrices
 from compress.sweep.prediction import predict_masking
 from compress.sweep.selection import beyond_blocks, check_patterns, ignored, unheld
 from compress.sweep.sweep import Sweep
-from compress.sweep.treatment import Replacement, Treated, Treatment
+from compress.sweep.treatment import Replacement, SeparateTreatment, Treated
 from compress.sweep.walk import placed_skeleton
 from compress.sweep.zeros import Chosen, Pattern, Zeros
 
@@ -133,7 +133,7 @@ class _Dense(Replacement):
 
 @final
 @dataclass(frozen=True)
-class _Masking(Treatment):
+class _Masking(SeparateTreatment):
     """Zeros where the scores are lowest, as a treatment; labels are `Zeros`.
 
     Attributes:
@@ -149,18 +149,6 @@ class _Masking(Treatment):
     @property
     def calibrated(self) -> bool:
         return True
-
-    @property
-    def staged(self) -> bool:
-        return False
-
-    @property
-    def original(self) -> bool:
-        return False
-
-    @property
-    def joint(self) -> None:
-        return None
 
     def statistic(self, columns: int, device: torch.device) -> Statistic:
         return ColumnNorms(columns, device)

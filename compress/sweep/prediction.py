@@ -45,19 +45,21 @@ def predict(
     working = compute * (largest + embeddings)
     recordings = 0
     seconds = 0.0
-    if rounder.calibrated and run.calibration is not None:
+    if rounder.reads_calibration and run.calibration is not None:
         calibration = run.calibration
         tokens = calibration.samples * calibration.sequence_length
         hidden = model.get_input_embeddings().weight.shape[1]
         recordings = tokens * hidden * compute
-        working += 4 * 4 * width * width
         body = sum(matrix.rows * matrix.columns for matrix in selection.schemes)
-        # Two to three forward passes (calibrate stage by stage, advance), and one product of every input
-        # with itself for its second moments.
-        moments = sum(matrix.columns**2 for matrix in selection.schemes)
-        operations = 2 * tokens * (3 * body + moments) + sum(
-            2 * matrix.columns**2 * (matrix.rows + matrix.columns) for matrix in selection.schemes
-        )
+        # Two to three forward passes: calibrate stage by stage, advance.
+        operations = 2 * tokens * 3 * body
+        if rounder.calibrated:
+            # One product of every input with itself for its second moments; ranges of inputs alone take none.
+            working += 4 * 4 * width * width
+            moments = sum(matrix.columns**2 for matrix in selection.schemes)
+            operations += 2 * tokens * moments + sum(
+                2 * matrix.columns**2 * (matrix.rows + matrix.columns) for matrix in selection.schemes
+            )
         if isinstance(rounder, BlockRounder):
             # The original model's activations, and one pass more for them.
             recordings *= 2

@@ -4,17 +4,18 @@ A rounder says which statistic it gathers for a layer and how it rounds one matr
 else (blocks, batches, resume, formats, records) is the sweep's. Nothing here imports torch.
 """
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from compress.core.facts import Fact
 from compress.core.passes import Needs, Outcome, Pass
-from compress.core.scheme import Bits, Range, Scheme
+from compress.core.scheme import ACTIVATIONS, FLOAT_LAYOUTS, Activations, Bits, Format, Range, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -22,11 +23,27 @@ if TYPE_CHECKING:
     from compress.core.artifact import Artifact
     from compress.core.run import Run
     from compress.numerics.affine import Quantized
+    from compress.numerics.floats import QuantizedFloats
     from compress.numerics.statistic import Statistic
     from compress.sweep.joint import BlockProblem
     from compress.sweep.matrices import Matrix
 
 GroupSize = int | Literal["channel"]
+IntegerRange = Annotated[
+    Range,
+    Field(
+        description="integers of a symmetric scheme: `full` uses all of them, `narrow` leaves out the lowest"
+    ),
+]
+"""The option ``integer_range``, which every rounder has, each with its own default."""
+SignedScales = Annotated[
+    bool,
+    Field(
+        description="let a scale be negative where that fits a group better; needs a searched range (`clip`) "
+        "and the `full` integer range"
+    ),
+]
+"""The option ``signed_scales`` of rounders that search the range of a group."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +51,11 @@ class Rounded:
     """One matrix after rounding.
 
     Attributes:
-        quantized: the integers with their scales, already in the precision that will be stored.
+        quantized: the numbers with their scales, already in the precision that will be stored.
         notes: what the method did to get there (damping, clipped share), for the table of layers.
     """
 
-    quantized: "Quantized"
+    quantized: "Quantized | QuantizedFloats"
     notes: Mapping[str, float | int | str] = field(default_factory=dict)
 
 
@@ -59,6 +76,9 @@ class Rounder(Pass):
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.TRANSFORMERS, Fact.FLOAT_WEIGHTS})
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.INTEGER_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.FLOAT_WEIGHTS})
+    calibrated_with: ClassVar[Mapping[str, frozenset[str]]] = {"activations": frozenset({"static"})}
+    formats: ClassVar[tuple[Format, ...]] = ("int",)
+    """What it can round to."""
 
     bits: Bits = Field(default=4, description="bits of one weight")
     group_size: GroupSize = Field(
@@ -66,6 +86,17 @@ class Rounder(Pass):
     )
     symmetric: bool = Field(
         default=True, description="zero is the integer 0; otherwise groups have zero points"
+    )
+    format: Format = Field(
+        default="int",
+        description="what weights are rounded to: `int`; `fp8` (E4M3, one scale a row); `nvfp4` or `mxfp4` "
+        "(E2M1 in groups of 16 or 32), which settle bits and group themselves",
+    )
+    activations: Activations = Field(
+        default="none",
+        description="what happens to a layer's inputs while the model runs: `none`, or rounding to 8 bits "
+        "(to 4-bit floats beside `nvfp4` and `mxfp4`) with a scale for each token (`dynamic`) or a fixed one "
+        "from calibration text (`static`); with integers it takes 8 bits and one scale a row",
     )
     fallback: Literal["refuse", "channel"] = Field(
         default="refuse",
@@ -89,10 +120,72 @@ class Rounder(Pass):
             raise ValueError("must be a positive number of columns or 'channel'")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _settled(cls, given: Any) -> Any:
+        """Fill in the bits and the group that a format or quantized activations leave no choice about."""
+        if not isinstance(given, Mapping):
+            return given
+        name = given.get("format", "int")
+        if name in FLOAT_LAYOUTS:
+            bits, group = FLOAT_LAYOUTS[name]
+        elif name == "int" and given.get("activations", "none") != "none":
+            bits, group = 8, None
+        else:
+            return given
+        return {"bits": bits, "group_size": "channel" if group is None else group, **given}
+
+    @field_validator("format")
+    @classmethod
+    def _fits_format(cls, value: Format, info: ValidationInfo) -> Format:
+        if value not in cls.formats:
+            raise ValueError(
+                f"this method rounds to {', '.join(cls.formats)}; quantize.rtn rounds to every format"
+            )
+        if value in FLOAT_LAYOUTS:
+            bits, group = FLOAT_LAYOUTS[value]
+            wanted = {"bits": bits, "group_size": "channel" if group is None else group, "symmetric": True}
+            _require(value, wanted, info.data)
+        return value
+
+    @field_validator("activations")
+    @classmethod
+    def _fits_activations(cls, value: Activations, info: ValidationInfo) -> Activations:
+        name: Format = info.data.get("format", "int")
+        if value not in ACTIVATIONS[name]:
+            allowed = " or ".join(f"`{word}`" for word in ACTIVATIONS[name])
+            raise ValueError(f"{name} takes {allowed}")
+        if value != "none" and name == "int":
+            # What servers multiply integers with: W8A8, a scale a row and a scale a token or a tensor.
+            wanted = {"bits": 8, "group_size": "channel", "symmetric": True}
+            _require(f"int with {value} activations", wanted, info.data)
+        return value
+
+    @field_validator("overrides")
+    @classmethod
+    def _fits_overrides(cls, value: tuple[Override, ...], info: ValidationInfo) -> tuple[Override, ...]:
+        if value and (info.data.get("format", "int") != "int" or info.data.get("activations") != "none"):
+            raise ValueError(
+                "a float format and quantized activations settle the numbers of every layer; "
+                "leave layers in floats with `ignore`"
+            )
+        return value
+
+    if TYPE_CHECKING:
+        # Each rounder has it, as a field in its own place among the options and with its own default.
+        integer_range: Range
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **settings: Any) -> None:
+        """Refuse a rounder without the option where it is written, before anything reads it."""
+        super().__pydantic_init_subclass__(**settings)
+        if not inspect.isabstract(cls) and "integer_range" not in cls.model_fields:
+            raise TypeError(f"{cls.__name__} lacks the option `integer_range: IntegerRange = ...`")
+
     @property
-    @abstractmethod
     def range(self) -> Range:
         """The integer range of a symmetric scheme (`compress.core.scheme.Scheme.range`)."""
+        return self.integer_range
 
     @abstractmethod
     def statistic(self, columns: int, device: "torch.device") -> "Statistic | None":
@@ -130,7 +223,14 @@ class Rounder(Pass):
                 bits = override.bits if override.bits is not None else bits
                 group = override.group_size if override.group_size is not None else group
                 symmetric = override.symmetric if override.symmetric is not None else symmetric
-        return Scheme(bits, None if group == "channel" else group, symmetric, self.range)
+        return Scheme(
+            bits,
+            None if group == "channel" else group,
+            symmetric,
+            self.range,
+            format=self.format,
+            activations=self.activations,
+        )
 
     def check(self, source: "Artifact", run: "Run") -> Needs:
         """Refuse layers that cannot be held, and predict the work; see `compress.sweep.quantization`."""
@@ -143,6 +243,17 @@ class Rounder(Pass):
         from compress.sweep.quantization import quantize
 
         return quantize(self, source, target, run)
+
+
+def _require(subject: str, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse options that a format does not leave open.
+
+    Raises:
+        ValueError: naming the first one.
+    """
+    for name, value in wanted.items():
+        if name in given and given[name] != value:
+            raise ValueError(f"{subject} has {name}={value}, got {given[name]}; leave {name} out")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Which matrices a rounder will round and how, settled from names and headers before any weight is read."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -72,6 +72,7 @@ def select(rounder: Rounder, model: Any, checkpoint: Checkpoint, weight_format: 
     """
     blocks = tuple(find_blocks(model))
     kept: dict[str, str] = {}
+    left: list[Matrix] = []
     inside: dict[int, dict[Matrix, Scheme]] = {}
     for block in blocks:
         found = find_matrices(model, block.name, checkpoint)
@@ -80,6 +81,7 @@ def select(rounder: Rounder, model: Any, checkpoint: Checkpoint, weight_format: 
         for matrix in found.matrices:
             if ignored(rounder.ignore, matrix):
                 kept[matrix.name] = "ignored"
+                left += [matrix] if matrix.expert is not None else []
             else:
                 inside[block.position][matrix] = _scheme(rounder, matrix)
     asked = beyond_blocks(rounder.ignore, rounder.include, model, blocks, checkpoint)
@@ -100,8 +102,36 @@ def select(rounder: Rounder, model: Any, checkpoint: Checkpoint, weight_format: 
     for held in selection.held():
         reason = weight_format.refusal(held)
         if reason:
-            raise PlanError(f"{held.module}: {reason}", f"leave it in floats with --ignore '{held.module}'")
+            raise PlanError(f"{held.module}: {reason}", _remedy(held, selection))
+    _check_experts_left(left, selection)
     return selection
+
+
+def _remedy(held: Held, selection: Selection) -> str:
+    """What to do with a matrix that the format cannot hold with its scheme."""
+    if not held.expert:
+        return f"leave it in floats with --ignore '{held.module}'"
+    if held.scheme.integers:
+        return "round the weights alone and symmetrically, as quantize.rtn and quantize.gptq do by default"
+    # The names that single experts have on disk are not those of modules.
+    module = next(matrix.module for matrix in selection.schemes if matrix.expert is not None)
+    return f"leave all experts in floats with --ignore '*.{module.rpartition('.')[2]}'"
+
+
+def _check_experts_left(left: Sequence[Matrix], selection: Selection) -> None:
+    """Refuse experts in floats that transformers would take for rounded ones.
+
+    Experts that lie one by one on disk are merged while they are loaded, and in a model of rounded layers
+    unpacked before that, whatever `ignore` says: floats are then dropped. Only beside layers of 8-bit floats
+    does it let them through (``CompressedTensorsDequantize`` of transformers 5.23).
+    """
+    schemes = {scheme for scheme in selection.schemes.values() if scheme.integers or scheme.bits != 8}
+    if left and schemes:
+        raise PlanError(
+            f"{left[0].module}: transformers takes experts for rounded where layers are, and would not "
+            "load these floats",
+            "round the experts too: loosen --ignore",
+        )
 
 
 def ignored(ignore: Iterable[str], matrix: Matrix) -> bool:
@@ -114,11 +144,16 @@ def _scheme(rounder: Rounder, matrix: Matrix) -> Scheme:
     scheme = rounder.scheme_for(matrix.name)
     if scheme.divides(matrix.columns):
         return scheme
-    if rounder.fallback == "channel":
-        return Scheme(scheme.bits, None, scheme.symmetric, scheme.range)
+    if rounder.fallback == "channel" and scheme.integers:
+        return replace(scheme, group_size=None)
+    remedy = (
+        "give it one scale a row with --fallback channel, another --group-size, or --ignore it"
+        if scheme.integers
+        else f"leave it in floats with --ignore '{matrix.name}', or take another --format"
+    )
     raise PlanError(
         f"{matrix.name} has {matrix.columns} columns, which groups of {scheme.group_size} do not divide",
-        "give it one scale a row with --fallback channel, another --group-size, or --ignore it",
+        remedy,
     )
 
 

@@ -29,6 +29,7 @@ from compress.sweep.collector import Collector, Enough, Shared
 from compress.sweep.joint import JointTreatment, SweptBlock
 from compress.sweep.matrices import Matrix
 from compress.sweep.memory import return_freed
+from compress.sweep.scarcity import scarce, warning
 from compress.sweep.treatment import Replacement, Treated, Treatment
 from compress.sweep.unit import UnitRecord, encode, write_unit
 from compress.sweep.walk import OUTSIDE, Walk, decided
@@ -320,12 +321,14 @@ class Sweep:
             raise CalibrationError(
                 f"{len(planned)} matrices were planned and {len(treated)} treated, first: {lost[0]}"
             )
-        decisions = {
+        decisions: dict[str, Any] = {
             "matrices": len(layers),
             "changed": sum(meant.changed for meant in tensors.values()),
-            "layers": decided(layers),
         }
-        return Outcome(decisions, tensors)
+        if few := scarce(layers):
+            self.run.reporter.message(warning(few, len(layers)))
+            decisions["scarce"] = few
+        return Outcome({**decisions, "layers": decided(layers)}, tensors)
 
 
 def _replace(weight: torch.Tensor, replacement: Replacement) -> float:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
@@ -92,3 +92,25 @@ class Treatment(ABC):
     @abstractmethod
     def configuration(self) -> dict[str, Any]:
         """The model's ``config.json`` after the treatment."""
+
+
+class SeparateTreatment(Treatment):
+    """A treatment of each matrix by itself, on its block as it was; the configuration is settled before."""
+
+    @final
+    @property
+    def staged(self) -> bool:
+        """Statistics are those of the block as it was."""
+        return False
+
+    @final
+    @property
+    def original(self) -> bool:
+        """Nothing is compared with the original model."""
+        return False
+
+    @final
+    @property
+    def joint(self) -> None:
+        """Nothing is done to a whole block."""
+        return None

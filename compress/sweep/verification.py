@@ -84,8 +84,10 @@ def _calibrated(step: StepRecord) -> bool:
     """Whether the layers of a step saw data: its method's word, or that of the method which did the work."""
     kind = find(step.use)
     if issubclass(kind, Delegating):
-        return kind(**step.options).delegate.calibrated
-    return kind.calibrated
+        return kind(**step.options).delegate.reads_calibration
+    # The record itself says it: options of an older version need not make a pass any more.
+    asked = any(step.options.get(option) in values for option, values in kind.calibrated_with.items())
+    return kind.calibrated or asked
 
 
 def prepared(source: Artifact, quantization: Mapping[str, Any] | None, run: Run) -> tuple[Any, Any]:
@@ -115,6 +117,10 @@ def prepared(source: Artifact, quantization: Mapping[str, Any] | None, run: Run)
         for module in model.modules():
             # A layer of bitsandbytes holds bytes under the name of a weight: the loader leaves it alone.
             module._is_hf_initialized = is_layer(module)
+            if getattr(module, "quantization_scheme", None) is not None:
+                # The artifact has all of them, and what was loaded is not initialised: integers could not be.
+                for parameter in module.parameters(recurse=False):
+                    parameter._is_hf_initialized = True
         model.initialize_weights()
     except (AttributeError, TypeError, ValueError, RuntimeError, ImportError) as error:
         raise PlanError(
@@ -226,6 +232,7 @@ class _Verification:
                 forget(module)
                 return_freed()
             elif getattr(module, "quantization_scheme", None) is not None:
+                _check_input_scale(owner, module)
                 yield self._float_name(owner, names), _decompressed(module)
                 # A block of dense weights is several times the packed one.
                 self.checkpoint.release(owner)
@@ -239,11 +246,11 @@ class _Verification:
                 yield from self._split(loaded, names).items()
 
     def _float_name(self, owner: str, names: list[str]) -> str:
-        """The float name on disk of a packed module: that of its packed tensor, with the suffix replaced."""
+        """The float name on disk of a quantized module: that of its numbers, without what packing adds."""
         for name in names:
-            if self.checkpoint.target[name] == f"{owner}.weight_packed":
+            if self.checkpoint.target[name] in (f"{owner}.weight_packed", f"{owner}.weight"):
                 return name.removesuffix("_packed")
-        raise VerificationError(f"{owner} is declared quantized, and has no packed weight", _HINT)
+        raise VerificationError(f"{owner} is declared quantized, and has no quantized weight", _HINT)
 
     def _split(self, loaded: dict[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
         """Loaded parameters that are no packed modules: experts, or layers that were left in floats."""
@@ -267,6 +274,14 @@ class _Verification:
             torch.linalg.norm(before - value.float()) / torch.linalg.norm(before).clamp_min(1e-30)
         )
         return f"{message}: relative distance to the source {distance:.4g}, meant {meant.error:.4g}"
+
+
+def _check_input_scale(name: str, module: nn.Module) -> None:
+    """The fixed scale of a layer's inputs is a number that can be divided by."""
+    for part in ("input_scale", "input_global_scale"):
+        scale = getattr(module, part, None)
+        if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise VerificationError(f"{name}.{part} loads as {scale.flatten()[0].item():g}", _HINT)
 
 
 def _decompressed(module: nn.Module) -> torch.Tensor:

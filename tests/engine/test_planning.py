@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from compress import engine
 from compress.core.errors import (
@@ -14,6 +15,7 @@ from compress.core.errors import (
     UsageError,
 )
 from compress.core.target import Target
+from tests import models_zoo
 from tests.engine.conftest import RTN, recipe
 
 
@@ -43,6 +45,21 @@ def test_a_plan_predicts_and_writes_nothing(model: Path, tmp_path: Path) -> None
     # Headers come on top of the tensors that the prediction counts.
     assert row["disk_bytes"] <= written <= row["disk_bytes"] * 1.5
     assert engine.plan(recipe(model, RTN), tmp_path / "out", single=True).already_done
+
+
+def test_what_a_pass_stands_for_is_refused_before_the_first_of_it_runs(tmp_path: Path) -> None:
+    source = models_zoo.write("gpt2", tmp_path / "models")
+    save_file({"input_ids": models_zoo.tokens()}, tmp_path / "models" / "tokens.safetensors")
+    data = {
+        "calibration": str(tmp_path / "models" / "tokens.safetensors"),
+        "samples": 4,
+        "sequence_length": 16,
+    }
+    # Factors can be moved in this model; rounding is what it cannot take.
+    engine.plan(recipe(source, {"use": "transform.awq", "group_size": 16}, data=data), tmp_path / "out")
+    with pytest.raises(PlanError, match=r"c_attn.*compressed-tensors cannot hold"):
+        engine.plan(recipe(source, {"use": "quantize.awq", "group_size": 16}, data=data), tmp_path / "out")
+    assert listing(tmp_path) == ["models"]
 
 
 def test_a_disk_that_is_too_small_is_refused(

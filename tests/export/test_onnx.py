@@ -98,6 +98,23 @@ def test_another_format_is_refused_when_it_is_planned(tmp_path: Path) -> None:
         Onnx().check(Artifact.open(source), Run())
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"activations": "dynamic"}, "quantizes the inputs"), ({"format": "fp8"}, "as small floats")],
+)
+def test_small_floats_and_quantized_inputs_are_refused_when_it_is_planned(
+    options: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    source = models_zoo.write("llama", tmp_path)
+    rounding = {"model": str(source), "device": "cpu", "steps": [{"use": "quantize.rtn", **options}]}
+    quantized = engine.run(rounding, tmp_path / "quantized", single=True).final
+    for use in ("export.onnx", "export.gptq", "export.gguf"):
+        recipe = Recipe(model=str(quantized), steps=(Step(use=use),))
+        expected = words if use == "export.onnx" else r"quantizes input activations|stored as fp8 numbers"
+        with pytest.raises(PlanError, match=expected):
+            engine.plan(recipe, tmp_path / "out", single=True)
+
+
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = models_zoo.write("llama", tmp_path)
     monkeypatch.setattr("compress.graph.find_spec", lambda name: None if name == "onnxscript" else name)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from compress.core.errors import ModelError, PlanError
+from compress.core.errors import CompressError, ModelError, PlanError
 from compress.core.scheme import Scheme
-from compress.formats.gptq import Gptq, Version
+from compress.formats.gptq import Gptq, Version, read_matrix, scheme_of
 from compress.formats.weight_format import Held
 from tests.formats.golden_layers import COLUMNS, ROWS, layer, packed, parts, value
 
@@ -41,6 +41,89 @@ def test_the_bytes_of_gptqmodel_are_read(bits: int, symmetric: bool, version: Ve
     config = form.configuration([held(bits)], [], {})["quantization_config"]
     read = form.read(tensors, "model.layers.0.mlp.up_proj", config)
     assert torch.equal(read.value().double(), value(layer(bits, symmetric=symmetric)))
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_integers_of_gptqmodel_come_out_as_they_went_in(
+    bits: int, symmetric: bool, version: Version
+) -> None:
+    matrix = layer(bits, symmetric=symmetric)
+    config = {"quant_method": "gptq", "bits": bits, "group_size": 16, "sym": symmetric, "desc_act": True}
+    # What older tools wrote names no version.
+    config |= {"checkpoint_format": "gptq_v2"} if version == "v2" else {}
+    read = read_matrix(golden_tensors(bits, symmetric, version), "m", config)
+    assert torch.equal(read.q, matrix.q)
+    assert torch.equal(read.scale, matrix.scale.half())
+    assert read.scheme == matrix.scheme
+    if matrix.zero is None:
+        assert read.zero is None
+    else:
+        assert torch.equal(read.zero, matrix.zero)
+
+
+def golden_tensors(bits: int, symmetric: bool, version: Version) -> dict[str, torch.Tensor]:
+    key = f"gptq.{bits}.{'symmetric' if symmetric else 'asymmetric'}"
+    names = {"qzeros": f"qzeros_{version}"}
+    return {local: packed()[f"{key}.{names.get(local, local)}"] for local in LAYOUT}
+
+
+def test_whole_rows_and_a_missing_index_are_read() -> None:
+    q = torch.randint(-8, 8, (32, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    scale = torch.linspace(-1, 1, 32).half().unsqueeze(1)
+    written = Gptq("v1").encode("m.weight", {"q": q, "scale": scale}, Scheme(4, None))
+    tensors = {name.removeprefix("m."): tensor for name, tensor in written.items()}
+    del tensors["g_idx"]
+    config = {"bits": 4, "group_size": -1, "dynamic": {"m": {"sym": True}, "-:^n$": {}}, "sym": False}
+    read = read_matrix(tensors, "m", config)
+    assert read.scheme == Scheme(4, None)
+    assert torch.equal(read.q, q)
+    assert torch.equal(read.scale, scale)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        ({"bits": 8}, ModelError, "m: its tensors are not those of 8 bits in 1 groups: qzeros"),
+        ({"bits": 5}, ModelError, "2, 3, 4 or 8 bits, and this one says 5"),
+        ({"bits": None}, ModelError, "bits None, expected a whole number"),
+        ({"group_size": 24}, ModelError, "groups of 24 do not divide 32 inputs"),
+        ({"checkpoint_format": "marlin"}, PlanError, "packed as 'marlin', expected gptq or gptq_v2"),
+        ({"pack_dtype": "int8"}, PlanError, "packed in int8"),
+        ({"sym": True}, ModelError, "symmetric, and a group has the zero point"),
+        ({"dynamic": {"-:m": {}}}, ModelError, "the configuration says that it is not"),
+    ],
+)
+def test_checkpoints_that_contradict_themselves_are_refused(
+    change: dict[str, object], kind: type[CompressError], said: str
+) -> None:
+    config = {"bits": 4, "group_size": 16, "sym": False, "checkpoint_format": "gptq_v2", **change}
+    with pytest.raises(kind, match=said) as caught:
+        read_matrix(golden_tensors(4, False, "v2"), "m", config)
+    assert caught.value.message
+
+
+def test_an_activation_order_is_refused_from_the_index_alone() -> None:
+    tensors = golden_tensors(4, True, "v2")
+    index = tensors["g_idx"].clone()
+    index[[3, 20]] = index[[20, 3]]
+    headers = {name: tensor.to("meta") for name, tensor in tensors.items()} | {"g_idx": index}
+    config = {"bits": 4, "group_size": 16, "desc_act": True}
+    with pytest.raises(
+        PlanError, match=r"m: its inputs are grouped in the order of their activations"
+    ) as caught:
+        scheme_of(headers, "m", config)
+    assert "quantize.gptq" in caught.value.hint
+    assert scheme_of(headers | {"g_idx": tensors["g_idx"]}, "m", config) == (Scheme(4, 16), (ROWS, COLUMNS))
+
+
+def test_a_zero_point_that_readers_of_version_1_dispute_is_refused() -> None:
+    tensors = golden_tensors(4, False, "v1")
+    tensors["qzeros"] = tensors["qzeros"].clone()
+    tensors["qzeros"][0, 0] |= 15
+    with pytest.raises(PlanError, match="some readers take for 16 and others for 0"):
+        read_matrix(tensors, "m", {"bits": 4, "group_size": 16, "sym": False})
 
 
 @pytest.mark.parametrize(("bits", "group"), [(2, None), (3, 32), (4, 16), (8, None)])

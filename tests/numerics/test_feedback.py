@@ -9,7 +9,7 @@ import torch
 from compress.core.scheme import Scheme
 from compress.numerics import feedback
 from compress.numerics.affine import ClipSearch, Quantized, choose_scales, round_to_nearest
-from compress.numerics.feedback import output_error, refine, round_with_feedback
+from compress.numerics.feedback import Ranges, output_error, refine, round_with_feedback, solve
 from compress.numerics.hessian import Hessian, Order
 
 ROWS, COLUMNS = 12, 32
@@ -268,3 +268,33 @@ def test_a_gpu_reaches_the_same_error() -> None:
         ours = refine(matrix, first, statistic, damping=0.01, sweeps=2)
         errors.append(output_error(matrix, ours, statistic))
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+@pytest.mark.parametrize("clip", ["none", "mse", "hessian"])
+def test_solving_chooses_ranges_then_feeds_back_then_refines(clip: str) -> None:
+    weight, hessian = _problem()
+    hessian._sum[:, 3] = hessian._sum[3, :] = 0
+    scheme = Scheme(3, 8)
+    ranges = Ranges(clip, signed=clip == "mse")  # type: ignore[arg-type]
+    solution = solve(
+        weight.clone(), hessian, scheme, torch.bfloat16, ranges=ranges, damping=0.1, sweeps=2, block=16
+    )
+    weight[:, 3] = 0
+    search = None if clip == "none" else ClipSearch(signed=clip == "mse")
+    importance = hessian.blocks(8, 0.1) if clip == "hessian" else None
+    scale, zero = choose_scales(weight, scheme, torch.bfloat16, search=search, importance=importance)
+    fed = round_with_feedback(weight, scale, zero, scheme, hessian.factor(0.1, "static"), 16)
+    expected = refine(weight, fed, hessian, damping=0.1, sweeps=2, block=16)
+    assert torch.equal(solution.quantized.q, expected.q)
+    assert torch.equal(solution.quantized.scale, expected.scale)
+    assert (solution.damping, solution.dead_columns) == (0.1, 1)
+
+
+def test_wide_groups_are_searched_with_the_diagonal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, hessian = _problem()
+    monkeypatch.setattr(feedback, "WIDEST_BLOCK", 16)
+    narrow, wide = (Ranges().importance(hessian, Scheme(4, group), 0.05) for group in (16, None))
+    assert narrow is not None
+    assert wide is not None
+    assert torch.equal(narrow, hessian.blocks(16, 0.05))
+    assert torch.equal(wide, hessian.diagonal)

@@ -16,7 +16,7 @@ from compress.core.passes import build
 from compress.core.run import Run
 from compress.prune.wanda import Wanda
 from tests import models_zoo
-from tests.dummies import Recorder
+from tests.dummies import Killed, KillingRecorder, Recorder
 
 SAMPLES, LENGTH = 8, 16
 
@@ -207,19 +207,6 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], said: str)
         build("prune.wanda", options)
 
 
-class Killed(Exception):
-    """Stands in for a power cut."""
-
-
-class KillAt(Recorder):
-    """Dies at the second block."""
-
-    def event(self, name: str, **facts: object) -> None:
-        super().event(name, **facts)
-        if name == "layer.solve" and self.count(name) == 9:
-            raise Killed
-
-
 def test_a_run_that_is_killed_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     source = models_zoo.write("llama", tmp_path)
     whole = prune(source, tmp_path / "whole")
@@ -236,7 +223,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         "device": "cpu",
     }
     with pytest.raises(Killed):
-        engine.run(recipe, tmp_path / "out", single=True, reporter=KillAt())
+        engine.run(recipe, tmp_path / "out", single=True, reporter=KillingRecorder("layer.solve", 9))
     again = Recorder()
     resumed = engine.run(recipe, tmp_path / "out", single=True, reporter=again).final
     assert again.count("block.resume") == 1

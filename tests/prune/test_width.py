@@ -19,7 +19,7 @@ from compress.models.channels import Channels
 from compress.prune.width import Width
 from compress.sweep import narrowing
 from tests import models_zoo
-from tests.dummies import Recorder
+from tests.dummies import Killed, KillingRecorder, Recorder
 
 SAMPLES, LENGTH = 6, 16
 
@@ -291,25 +291,6 @@ def test_the_seed_does_not_matter_for_given_tokens_and_ties_go_to_the_lower_inde
     assert first.digest == second.digest
 
 
-class Killed(Exception):
-    """Stands in for a power cut."""
-
-
-class KillAt(Recorder):
-    """Dies at the n-th event of a name."""
-
-    def __init__(self, name: str, number: int) -> None:
-        super().__init__()
-        self.name, self.left = name, number
-
-    def event(self, name: str, **facts: object) -> None:
-        super().event(name, **facts)
-        if name == self.name:
-            self.left -= 1
-            if self.left == 0:
-                raise Killed
-
-
 @pytest.mark.parametrize(
     ("event", "number"),
     [("block.calibrate", 2), ("shard.tensor", 14), ("block.finish", 2), ("artifact.rename", 1)],
@@ -325,7 +306,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_bytes(event: str, number: int,
     }
     whole = engine.run(recipe, tmp_path / "whole", single=True).final
     with pytest.raises(Killed):
-        engine.run(recipe, tmp_path / "out", single=True, reporter=KillAt(event, number))
+        engine.run(recipe, tmp_path / "out", single=True, reporter=KillingRecorder(event, number))
     again = Recorder()
     resumed = engine.run(recipe, tmp_path / "out", single=True, reporter=again).final
     # Blocks that were finished are not calibrated again.

@@ -14,8 +14,8 @@ from compress.core.run import Run
 from compress.engine.planning import expanded
 from compress.quantize.awq import Awq
 from tests import models_zoo
-from tests.dummies import Recorder
-from tests.transform.test_smoothquant import KillAt, Killed, calibration
+from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.transform.test_smoothquant import calibration
 
 OPTIONS = {"bits": 4, "group_size": 16}
 
@@ -75,7 +75,7 @@ def test_a_run_killed_in_the_second_step_keeps_the_first(tmp_path: Path) -> None
     source = models_zoo.write("llama", tmp_path)
     one = recipe(source, tmp_path, {"use": "quantize.awq", **OPTIONS})
     with pytest.raises(Killed):
-        engine.run(one, tmp_path / "out", single=True, reporter=KillAt("artifact.rename", 2))
+        engine.run(one, tmp_path / "out", single=True, reporter=KillingRecorder("artifact.rename", 2))
     assert not (tmp_path / "out").exists()
     again = Recorder()
     engine.run(one, tmp_path / "out", single=True, reporter=again)

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from compress.core.errors import UsageError
+from compress.core.passes import build
 from compress.core.scheme import Scheme
 from compress.quantize.rtn import Rtn
 
@@ -40,6 +42,53 @@ def test_clipping_never_raises_the_squared_error(bits: int, symmetric: bool, int
         rounded.check_values()
         errors[clip] = (rounded.dequantize() - _weight()).square().view(16, 2, 32).sum(-1)
     assert bool((errors["mse"] <= errors["none"] * (1 + 1e-5)).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "scheme"),
+    [
+        ({"activations": "dynamic"}, Scheme(8, None, True, "narrow", activations="dynamic")),
+        ({"bits": 8, "activations": "static"}, Scheme(8, None, True, "narrow", activations="static")),
+        ({"format": "fp8"}, Scheme(8, None, True, "narrow", "fp8")),
+        ({"format": "nvfp4", "activations": "static"}, Scheme(4, 16, True, "narrow", "nvfp4", "static")),
+        ({"format": "mxfp4", "activations": "dynamic"}, Scheme(4, 32, True, "narrow", "mxfp4", "dynamic")),
+    ],
+)
+def test_a_format_settles_what_was_not_given(options: dict[str, object], scheme: Scheme) -> None:
+    method = build("quantize.rtn", options)
+    assert isinstance(method, Rtn)
+    assert method.scheme_for("layer") == scheme
+    assert method.reads_calibration == (scheme.activations == "static")
+    again = build("quantize.rtn", method.model_dump())
+    assert again == method
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "nvfp4", "bits": 3}, "format: .*nvfp4 has bits=4, got 3; leave bits out"),
+        ({"format": "fp8", "group_size": 128}, "fp8 has group_size=channel, got 128"),
+        ({"format": "mxfp4", "symmetric": False}, "mxfp4 has symmetric=True"),
+        ({"format": "nvfp4", "activations": "dynamic"}, "activations: .*nvfp4 takes `none` or `static`"),
+        ({"format": "mxfp4", "activations": "static"}, "mxfp4 takes `none` or `dynamic`"),
+        ({"bits": 4, "activations": "dynamic"}, "int with dynamic activations has bits=8, got 4"),
+        ({"group_size": 64, "activations": "static"}, "has group_size=channel, got 64"),
+        ({"format": "fp8", "overrides": [{"match": "*.x", "bits": 4}]}, "overrides: .*`ignore`"),
+        ({"format": "fp9"}, "format: Input should be"),
+    ],
+)
+def test_options_that_contradict_a_format_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build("quantize.rtn", options)
+
+
+@pytest.mark.parametrize("name", ["gptq", "autoround", "hqq"])
+def test_rounders_to_integers_take_their_activations_and_no_floats(name: str) -> None:
+    built = build(f"quantize.{name}", {"activations": "static"})
+    assert (built.model_dump()["bits"], built.model_dump()["group_size"]) == (8, "channel")
+    assert built.reads_calibration
+    with pytest.raises(UsageError, match=r"format: .*rounds to int; quantize\.rtn rounds to every format"):
+        build(f"quantize.{name}", {"format": "fp8"})
 
 
 @pytest.mark.slow

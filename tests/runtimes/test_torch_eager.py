@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from compress import engine
 from compress.core.artifact import Artifact
 from compress.core.errors import ModelError, UsageError
+from compress.formats.compressed_tensors import read_floats, read_matrix
 from compress.models.tasks import resolve
+from compress.numerics.floats import from_e2m1, to_e2m1, to_e4m3
 from compress.runtimes import Placement, Session, Unavailable, find, names
 from tests import models_zoo, quantized_models
 
@@ -151,3 +153,115 @@ def test_models_of_bitsandbytes_run_as_in_transformers(method: str, tmp_path: Pa
     with torch.no_grad():
         expected = transformers.AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
     assert torch.equal(session(folder).outputs(tokens), expected)
+
+
+def _rounded_inputs(
+    rows: torch.Tensor, options: dict[str, str], tensors: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """What a layer multiplies with, written down apart from the library that the runtime uses."""
+    form, fixed = options.get("format", "int"), options["activations"] == "static"
+    if form == "mxfp4":
+        groups = rows.unflatten(-1, (-1, 32))
+        fraction, exponent = torch.frexp(groups.abs().amax(-1, keepdim=True))
+        scale = torch.ldexp(torch.ones_like(fraction), exponent - 3 + (fraction >= 0.875).int())
+        return (from_e2m1(to_e2m1(groups / scale)) * scale).flatten(-2)
+    if form == "nvfp4":
+        groups, whole = rows.unflatten(-1, (-1, 16)), tensors["input_global_scale"]
+        scale = to_e4m3(groups.abs().amax(-1, keepdim=True) / 6 * whole).float() / whole
+        return (from_e2m1(to_e2m1(groups / scale)) * scale).flatten(-2)
+    # The library's integers reach from -128 to 127, so that its dynamic scale is amax / 127.5.
+    largest = rows.abs().amax(-1, keepdim=True) / (127.5 if form == "int" else 448)
+    scale = tensors["input_scale"].float() if fixed else largest
+    if form == "int":
+        return (rows / scale).round().clamp(-128, 127) * scale
+    return to_e4m3(rows / scale).float() * scale
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activations": "dynamic"},
+        {"activations": "static"},
+        {"format": "fp8", "activations": "dynamic"},
+        {"format": "fp8", "activations": "static"},
+        {"format": "nvfp4", "activations": "static"},
+        {"format": "mxfp4", "activations": "dynamic"},
+    ],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_inputs_are_rounded_in_front_of_every_layer(options: dict[str, str], tmp_path: Path) -> None:
+    source = models_zoo.write("llama", tmp_path, dtype=torch.bfloat16)
+    save_file({"input_ids": models_zoo.tokens(8, 16)}, tmp_path / "tokens.safetensors")
+    recipe = {
+        "model": str(source),
+        "device": "cpu",
+        "steps": [{"use": "quantize.rtn", **options}],
+        "data": {"calibration": str(tmp_path / "tokens.safetensors"), "samples": 8, "sequence_length": 16},
+    }
+    folder = engine.run(recipe, tmp_path / "out", single=True).final
+    running = session(folder)
+    assert "inputs rounded" in running.facts["runs"]
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).float()
+    stored: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        stored |= load_file(file)
+    rounded = 0
+    for name, module in model.named_modules():
+        local = {
+            key.removeprefix(f"{name}."): tensor
+            for key, tensor in stored.items()
+            if key.startswith(f"{name}.")
+        }
+        if type(module) is not torch.nn.Linear or "weight_scale" not in local:
+            continue
+        integers = options.get("format", "int") == "int"
+        matrix = read_matrix(local, name) if integers else read_floats(local, name, torch.bfloat16)
+        module.weight.data = matrix.dequantize().float()
+        module.register_forward_pre_hook(
+            lambda _, args, local=local: (_rounded_inputs(args[0], options, local),)
+        )
+        rounded += 1
+    assert rounded == 7 * 3
+    tokens = models_zoo.tokens()
+    with torch.no_grad():
+        expected = model(tokens).logits
+    found = running.outputs(tokens)
+    # The same numbers in the same order of operations, but for the last bit of a scale here and there,
+    # which may move an input to the next number: a thousandth of the largest logit.
+    assert float((found - expected).abs().max()) < 1e-3 * float(expected.abs().max())
+    with torch.no_grad():
+        for module in model.modules():
+            module._forward_pre_hooks.clear()
+        unrounded = model(tokens).logits
+    assert float((found - unrounded).abs().max()) > 1e-3 * float(expected.abs().max())
+
+
+def test_what_transformers_runs_by_itself_is_the_same(tmp_path: Path) -> None:
+    """A user calls ``from_pretrained`` and the model; inputs are rounded there too."""
+    source = models_zoo.write("llama", tmp_path)
+    recipe = {
+        "model": str(source),
+        "device": "cpu",
+        "steps": [{"use": "quantize.rtn", "format": "fp8", "activations": "dynamic"}],
+    }
+    folder = engine.run(recipe, tmp_path / "out", single=True).final
+    tokens = models_zoo.tokens()
+    with torch.no_grad():
+        expected = transformers.AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    assert torch.equal(session(folder).outputs(tokens), expected)
+
+
+def test_a_configuration_that_drops_the_rounding_of_inputs_is_not_run(tmp_path: Path) -> None:
+    source = models_zoo.write("llama", tmp_path)
+    recipe = {
+        "model": str(source),
+        "device": "cpu",
+        "steps": [{"use": "quantize.rtn", "activations": "dynamic"}],
+    }
+    folder = engine.run(recipe, tmp_path / "out", single=True).final
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["dequantize"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Unavailable, match="dequantized"):
+        session(folder)

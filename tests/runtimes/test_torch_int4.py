@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from compress import engine
 from compress.core.artifact import Artifact
 from compress.core.scheme import Scheme
 from compress.models.tasks import resolve
@@ -169,3 +170,21 @@ def test_an_encoder_runs_packed(tmp_path: Path) -> None:
 def test_a_float_model_is_not_available(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="no integer weights"):
         session("torch-int4", models_zoo.write("llama", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"activations": "dynamic"}, "quantizes its inputs"),
+        ({"format": "fp8"}, "stored as fp8 numbers, which no kernel here runs"),
+        ({"format": "nvfp4"}, "stored as nvfp4 numbers"),
+    ],
+)
+def test_small_floats_and_quantized_inputs_are_not_available(
+    options: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    source = models_zoo.write("llama", tmp_path, dtype=torch.bfloat16)
+    recipe = {"model": str(source), "device": "cpu", "steps": [{"use": "quantize.rtn", **options}]}
+    folder = engine.run(recipe, tmp_path / "out", single=True).final
+    with pytest.raises(Unavailable, match=words):
+        session("torch-int4", folder)

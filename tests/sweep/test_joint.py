@@ -22,39 +22,13 @@ from compress.sweep.activations import Activations
 from compress.sweep.joint import BlockProblem, JointTreatment, SweptBlock
 from compress.sweep.matrices import Matrix, find_matrices
 from compress.sweep.sweep import Sweep
-from compress.sweep.treatment import Replacement, Treated, Treatment
+from compress.sweep.treatment import Replacement, Treated
 from tests import models_zoo
 from tests.dummies import Recorder
+from tests.sweep.dense import Dense, DenseTreatment
 
 CPU = torch.device("cpu")
 SAMPLES, LENGTH, BATCH = 8, 16, 4
-
-
-@final
-@dataclass(frozen=True)
-class Dense(Replacement):
-    weight: torch.Tensor
-
-    def rows(self, start: int, stop: int) -> "Dense":
-        return Dense(self.weight[start:stop])
-
-    def value(self) -> torch.Tensor:
-        return self.weight
-
-    def parts(self) -> dict[str, torch.Tensor]:
-        return {"weight": self.weight}
-
-    def notes(self) -> Mapping[str, float | int | str]:
-        return {}
-
-
-@final
-class Count(Statistic):
-    def __init__(self) -> None:
-        self.tokens = 0
-
-    def add(self, rows: torch.Tensor) -> None:
-        self.tokens += rows.shape[0]
 
 
 @final
@@ -99,16 +73,12 @@ class Look(JointTreatment):
 
 
 @final
-@dataclass(frozen=True)
-class Halves(Treatment):
+class Halves(DenseTreatment):
     """Halves every matrix."""
 
-    config: Mapping[str, Any]
-    look: Look | None
-
-    @property
-    def calibrated(self) -> bool:
-        return True
+    def __init__(self, config: Mapping[str, Any], look: Look | None) -> None:
+        super().__init__(config)
+        self.look = look
 
     @property
     def staged(self) -> bool:
@@ -122,22 +92,8 @@ class Halves(Treatment):
     def joint(self) -> JointTreatment | None:
         return self.look
 
-    def statistic(self, columns: int, device: torch.device) -> Statistic:
-        return Count()
-
     def treat(self, weight: torch.Tensor, statistic: Statistic | None, label: Hashable) -> Treated:
         return Treated(Dense(weight * 0.5), {"alone": 1})
-
-    def rebuilt(self, parts: Mapping[str, torch.Tensor], label: Hashable) -> Replacement:
-        return Dense(parts["weight"])
-
-    def encode(
-        self, weight: str, parts: Mapping[str, torch.Tensor], label: Hashable
-    ) -> dict[str, torch.Tensor]:
-        return {weight: parts["weight"]}
-
-    def configuration(self) -> dict[str, Any]:
-        return dict(self.config)
 
 
 def swept(name: str, folder: Path, look: Look | None) -> tuple[Any, Path, Recorder]:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from compress import engine
 from compress.core.artifact import Artifact, Lineage, StepRecord
-from compress.core.errors import PlanError, UsageError
+from compress.core.errors import PlanError, UsageError, VerificationError
 from compress.core.passes import Outcome, Pass
 from compress.core.run import Run
 from compress.quantize.rtn import Rtn
@@ -77,6 +77,16 @@ def test_experts_that_cannot_be_held_may_be_left_out_by_name(tmp_path: Path) -> 
     outcome, _ = apply(Rtn(group_size=16, ignore=("*.experts",)), source, tmp_path / "out")
     assert outcome.decisions["kept"]["model.layers.0.mlp.experts.gate_up_proj"] == "ignored"
     assert outcome.decisions["changed"] == 3 * 4  # q, k, v, o of three blocks
+
+
+def test_experts_that_transformers_would_not_load_are_refused_when_it_is_planned(tmp_path: Path) -> None:
+    source = Artifact.open(models_zoo.write("mixtral", tmp_path))
+    with pytest.raises(PlanError, match="without zero points") as refusal:
+        Rtn(group_size=16, symmetric=False).check(source, Run())
+    assert "symmetrically" in refusal.value.hint
+    # It unpacks experts before it merges them, and drops those that are floats.
+    with pytest.raises(PlanError, match=r"layers\.0\.mlp\.experts: .* would not load these floats"):
+        Rtn(group_size=16, ignore=("*.experts",)).check(source, Run())
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe"])
@@ -189,3 +199,147 @@ def test_a_calibrated_method_rounds_head_and_embedding_when_asked(tied: bool, tm
     assert layers["lm_head"]["tokens"] == 16 * 32
     assert "tokens" not in layers["model.embed_tokens"]
     loaded(result.final)
+
+
+SMALL: list[dict[str, Any]] = [
+    {"activations": "dynamic"},
+    {"activations": "static"},
+    {"format": "fp8"},
+    {"format": "fp8", "activations": "static"},
+    {"format": "nvfp4"},
+    {"format": "nvfp4", "activations": "static"},
+    {"format": "mxfp4", "activations": "dynamic"},
+]
+
+
+def run_rtn(source: Path, out: Path, use: str = "quantize.rtn", **options: Any) -> Artifact:
+    """Plan, round and verify as the command does."""
+    tokens = out.parent / "tokens.safetensors"
+    save_file({"input_ids": models_zoo.tokens(8, 16)}, tokens)
+    recipe = {
+        "model": str(source),
+        "device": "cpu",
+        "threads": 1,
+        "steps": [{"use": use, **options}],
+        "data": {"calibration": str(tokens), "samples": 8, "sequence_length": 16, "batch_size": 4},
+    }
+    return Artifact.open(engine.run(recipe, out, single=True).final)
+
+
+def stored(artifact: Artifact) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in artifact.weight_files:
+        found |= load_file(file)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*(("llama", options) for options in SMALL), ("bert", SMALL[1])],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value.values()),
+)
+def test_small_numbers_load_in_stock_transformers(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    source = models_zoo.write(name, tmp_path, dtype=torch.bfloat16)
+    artifact = run_rtn(source, tmp_path / "out", **options)
+    before, after = loaded(source).state_dict(), loaded(artifact.path).state_dict()
+    changed = [weight for weight, value in before.items() if not torch.equal(value, after[weight])]
+    assert artifact.lineage is not None
+    assert len(changed) == artifact.lineage.steps[-1].decisions["changed"] > 0
+    four = options.get("format") in ("nvfp4", "mxfp4")
+    for weight in changed:
+        distance = (after[weight].float() - before[weight].float()).norm() / before[weight].float().norm()
+        assert float(distance) < (0.16 if four else 0.04), weight
+    assert all(str(value.dtype) == "torch.bfloat16" for value in after.values() if value.dim() > 1)
+
+
+def test_four_bit_floats_of_another_dtype_are_dequantized_while_they_load(tmp_path: Path) -> None:
+    source = models_zoo.write("llama", tmp_path, dtype=torch.float32)
+    artifact = run_rtn(source, tmp_path / "out", format="nvfp4")
+    assert artifact.config["quantization_config"]["dequantize"] is True
+    assert loaded(artifact.path).model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    with pytest.raises(PlanError, match="bfloat16, and the model is float32"):
+        run_rtn(source, tmp_path / "other", format="mxfp4", activations="dynamic")
+
+
+def test_matrices_of_one_product_share_scales(tmp_path: Path) -> None:
+    """Servers multiply with query, key and value at once, and take one scale of a whole tensor for them."""
+    source = models_zoo.write("llama", tmp_path, dtype=torch.bfloat16)
+    tensors = stored(run_rtn(source, tmp_path / "out", format="nvfp4", activations="static"))
+    for part, readers in (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj"))):
+        stems = [f"model.layers.1.{part}.{reader}" for reader in readers]
+        assert len({float(tensors[f"{stem}.weight_global_scale"]) for stem in stems}) == 1
+        assert len({float(tensors[f"{stem}.input_global_scale"]) for stem in stems}) == 1
+    assert float(tensors["model.layers.1.self_attn.o_proj.input_global_scale"]) != float(
+        tensors["model.layers.1.self_attn.q_proj.input_global_scale"]
+    )
+
+
+def test_fixed_scales_are_the_largest_input_that_calibration_saw(tmp_path: Path) -> None:
+    source = models_zoo.write("llama", tmp_path)
+    tensors = stored(run_rtn(source, tmp_path / "out", format="fp8", activations="static"))
+    model, seen = transformers.AutoModelForCausalLM.from_pretrained(source), []
+    first = model.model.layers[0].self_attn.q_proj
+    first.register_forward_pre_hook(lambda _, args: seen.append(float(args[0].abs().max())))
+    with torch.no_grad():
+        model(models_zoo.tokens(8, 16))
+    scale = float(tensors["model.layers.0.self_attn.q_proj.input_scale"])
+    assert scale == pytest.approx(max(seen) / 448, rel=1e-5)
+
+
+@pytest.mark.parametrize("use", ["quantize.gptq", "quantize.autoround", "quantize.hqq"])
+def test_every_rounder_writes_fixed_scales_of_inputs(use: str, tmp_path: Path) -> None:
+    source = models_zoo.write("llama", tmp_path)
+    more = {"iterations": 2} if use == "quantize.autoround" else {}
+    artifact = run_rtn(source, tmp_path / "out", use, activations="static", **more)
+    assert artifact.config["quantization_config"]["format"] == "int-quantized"
+    scales = [name for name in stored(artifact) if name.endswith("input_scale")]
+    assert len(scales) == 7 * 3
+
+
+def test_static_activations_without_text_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    source = models_zoo.write("llama", tmp_path)
+    recipe = {"model": str(source), "steps": [{"use": "quantize.rtn", "activations": "static"}]}
+    with pytest.raises(PlanError, match="static activations need calibration text"):
+        engine.run(recipe, tmp_path / "out", single=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_scale_of_inputs_is_found(tmp_path: Path) -> None:
+    source = models_zoo.write("llama", tmp_path)
+    artifact = run_rtn(source, tmp_path / "out", activations="static")
+    assert artifact.lineage is not None
+    file = next(file for file in artifact.weight_files if "input_scale" in str(list(load_file(file))))
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("input_scale"))
+    tensors[name][:] = 0
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match=r"input_scale loads as 0"):
+        verify_weights(Artifact.open(artifact.path), artifact.lineage, Run())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mixtral", {"format": "fp8"}, "reads experts as integers alone"),
+        ("llama-tied", {"activations": "dynamic", "include": ("lm_head", "*embed_tokens")}, "is looked up"),
+        ("modernbert", {"format": "mxfp4", "activations": "dynamic"}, "leave its inputs unquantized"),
+        ("phi", {"format": "mxfp4", "fallback": "channel"}, None),
+    ],
+)
+def test_small_numbers_that_nothing_would_load_are_refused(
+    name: str, options: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    source = Artifact.open(models_zoo.write(name, tmp_path, dtype=torch.bfloat16))
+    if message is None:
+        assert Rtn(**options).check(source, Run()).disk_bytes > 0
+        return
+    with pytest.raises(PlanError, match=message):
+        Rtn(**options).check(source, Run())
+
+
+def test_groups_of_a_float_format_do_not_become_rows(tmp_path: Path) -> None:
+    model = models_zoo.configuration("llama")
+    model.intermediate_size = 40
+    transformers.LlamaForCausalLM(model).save_pretrained(tmp_path / "model")
+    with pytest.raises(PlanError, match=r"40 columns, which groups of 16.*another --format"):
+        Rtn(format="nvfp4", fallback="channel").check(Artifact.open(tmp_path / "model"), Run())

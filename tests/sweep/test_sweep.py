@@ -1,9 +1,8 @@
 """The sweep on every architecture: an identity treatment changes nothing, and blocks see what they should."""
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import pytest
 import torch
@@ -18,51 +17,22 @@ from compress.models.load import skeleton
 from compress.numerics.statistic import Statistic
 from compress.sweep.matrices import find_matrices
 from compress.sweep.sweep import Sweep
-from compress.sweep.treatment import Replacement, Treated, Treatment
+from compress.sweep.treatment import Treated
 from tests import models_zoo
 from tests.dummies import Recorder
+from tests.sweep.dense import Dense, DenseTreatment
 
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Dense(Replacement):
-    weight: torch.Tensor
-
-    def rows(self, start: int, stop: int) -> "Dense":
-        return Dense(self.weight[start:stop])
-
-    def value(self) -> torch.Tensor:
-        return self.weight
-
-    def parts(self) -> dict[str, torch.Tensor]:
-        return {"weight": self.weight}
-
-    def notes(self) -> Mapping[str, float | int | str]:
-        return {}
-
-
-class RowCount(Statistic):
-    def __init__(self, columns: int) -> None:
-        self.columns = columns
-        self.tokens = 0
-
-    def add(self, rows: torch.Tensor) -> None:
-        assert rows.shape[1] == self.columns
-        self.tokens += rows.shape[0]
-
-
-class Identity(Treatment):
+@final
+class Identity(DenseTreatment):
     """Puts back what it got, after looking at every input."""
 
     def __init__(self, config: Mapping[str, Any], staged: bool = True) -> None:
-        self.config = config
+        super().__init__(config)
         self.seen: list[int] = []
         self._staged = staged
-
-    @property
-    def calibrated(self) -> bool:
-        return True
 
     @property
     def staged(self) -> bool:
@@ -76,24 +46,10 @@ class Identity(Treatment):
     def joint(self) -> None:
         return None
 
-    def statistic(self, columns: int, device: torch.device) -> Statistic:
-        return RowCount(columns)
-
     def treat(self, weight: torch.Tensor, statistic: Statistic | None, label: Hashable) -> Treated:
         assert statistic is not None
         self.seen.append(statistic.tokens)
         return Treated(Dense(weight))
-
-    def rebuilt(self, parts: Mapping[str, torch.Tensor], label: Hashable) -> Replacement:
-        return Dense(parts["weight"])
-
-    def encode(
-        self, weight: str, parts: Mapping[str, torch.Tensor], label: Hashable
-    ) -> dict[str, torch.Tensor]:
-        return {weight: parts["weight"]}
-
-    def configuration(self) -> dict[str, Any]:
-        return dict(self.config)
 
 
 def on_disk(folder: Path) -> dict[str, torch.Tensor]:

@@ -14,11 +14,9 @@ from compress.numerics.rotation import rotation
 from compress.sweep.rotation_weights import Turns
 from compress.transform.rotate import Rotate
 from tests import models_zoo
-from tests.dummies import Recorder
+from tests.dummies import Killed, KillingRecorder, Recorder
 from tests.prune.test_width import write
 from tests.transform.test_smoothquant import (
-    KillAt,
-    Killed,
     check_changed,
     decisions,
     loaded,
@@ -188,7 +186,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_bytes(event: str, number: int,
     source = write("llama-tied", tmp_path)
     whole = rotated(source, tmp_path / "whole").path
     with pytest.raises(Killed):
-        rotated(source, tmp_path / "out", KillAt(event, number))
+        rotated(source, tmp_path / "out", KillingRecorder(event, number))
     again = Recorder()
     resumed = rotated(source, tmp_path / "out", again).path
     assert again.count("block.resume") > 0

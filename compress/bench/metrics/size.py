@@ -34,10 +34,12 @@ PART_BITS = {
     )
     for part in PARTS
 }
-_ACCOMPANYING: Final = ("_scale", "_zero_point", "_shape", "_g_idx", "_global_scale")
+_ACCOMPANYING: Final = ("_global_scale", "_scale", "_zero_point", "_shape", "_g_idx")
 """Ends of the names of tensors that belong to a quantized weight and are no parameters themselves."""
 _NF4_STATE: Final = ".quant_state.bitsandbytes__nf4"
 """What bitsandbytes stores beside a weight of two numbers a byte."""
+_OF_INPUTS: Final = ("input_scale", "input_global_scale")
+"""Fixed scales of a layer's inputs."""
 _INT8_PARTS: Final = ("SCB", "weight_format")
 """What it stores beside a weight of 8 bits."""
 
@@ -137,7 +139,10 @@ def _parameters(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> int
         shape = tensors.get(f"{stem}.{local.removesuffix('_packed')}_shape")
         if shape is not None:
             return math.prod(_integers(shape.file, shape.name))
-        return math.prod(tensor.shape)
+        # 4-bit floats lie two a byte, and need no shape.
+        return math.prod(tensor.shape) * (2 if tensor.dtype == "U8" else 1)
+    if local in _OF_INPUTS and f"{stem}.weight_scale" in tensors:
+        return 0
     owner = next((local.removesuffix(end) for end in _ACCOMPANYING if local.endswith(end)), None)
     if owner and (f"{stem}.{owner}" in tensors or f"{stem}.{owner}_packed" in tensors):
         return 0

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from compress import engine
 from compress.bench.metrics import Subject, find
@@ -98,3 +99,30 @@ def test_parameters_of_bitsandbytes_are_those_of_the_model(
     assert after["parameters"] == before["parameters"]
     # The levels and the state of a matrix weigh much beside a tiny one.
     assert least < after["parts"]["mlp"]["bits_per_parameter"] < 3 * most
+
+
+@pytest.mark.parametrize(
+    ("options", "bits"),
+    [
+        ({"format": "fp8", "activations": "static"}, 8),
+        ({"format": "nvfp4", "activations": "static"}, 4.5),
+        ({"format": "mxfp4"}, 4.25),
+    ],
+)
+def test_small_floats_are_parameters_and_their_scales_are_not(
+    options: dict[str, str], bits: float, tmp_path: Path
+) -> None:
+    source = models_zoo.write("llama", tmp_path, dtype=torch.bfloat16)
+    tokens = tmp_path / "tokens.safetensors"
+    save_file({"input_ids": models_zoo.tokens(4, 16)}, tokens)
+    recipe = {
+        "model": str(source),
+        "device": "cpu",
+        "steps": [{"use": "quantize.rtn", **options}],
+        "data": {"calibration": str(tokens), "samples": 4, "sequence_length": 16},
+    }
+    folder = engine.run(recipe, tmp_path / "out", single=True).final
+    size = measure_size(Artifact.open(folder))
+    assert size["parameters"] == measure_size(Artifact.open(source))["parameters"]
+    # Scales of rows and of whole tensors weigh something in a model as small as this.
+    assert size["parts"]["mlp"]["bits_per_parameter"] == pytest.approx(bits, abs=0.5)
