@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 """Columns of a help page in the documentation."""
+MEASURED = ("architectures.md",)
+"""Pages among those of the methods that are made by running them, in `benchmarks/`."""
 _GENERATED = "<!-- Made by `make docs` from the code; edit the code. -->"
 
 
@@ -108,7 +110,11 @@ def main(arguments: Sequence[str] | None = None, root: Path | None = None) -> in
     words = sys.argv[1:] if arguments is None else list(arguments)
     base = Path.cwd() if root is None else root
     wanted = {base / path: text for path, text in pages().items()}
-    stale = [file for file in sorted((base / "docs" / "methods").glob("*.md")) if file not in wanted]
+    stale = [
+        file
+        for file in sorted((base / "docs" / "methods").glob("*.md"))
+        if file not in wanted and file.name not in MEASURED
+    ]
     differing = [
         file
         for file, text in wanted.items()
@@ -155,7 +161,9 @@ def _help_pages(methods: Sequence[str]) -> list[tuple[str, int, str]]:
 
 def _index(methods: Sequence[str]) -> str:
     rows = [f"| [{name}]({name}.md) | {find(name).summary} |" for name in methods]
-    return "\n".join([_GENERATED, "", "# Methods", "", "| method | what it does |", "|---|---|", *rows, ""])
+    matrix = "Which method works on which architecture: [a table](architectures.md)."
+    head = [_GENERATED, "", "# Methods", "", matrix, "", "| method | what it does |", "|---|---|"]
+    return "\n".join([*head, *rows, ""])
 
 
 def _facts(method: type[Pass]) -> str:
@@ -163,12 +171,24 @@ def _facts(method: type[Pass]) -> str:
     for word, facts in (("Needs", method.needs), ("Gives", method.gives), ("Takes away", method.breaks)):
         if facts:
             lines.append(f"- {word}: {', '.join(MEANING[fact] for fact in sorted(facts))}")
-    lines.append(f"- Reads calibration text: {'yes' if method.calibrated else 'no'}")
+    lines.append(f"- Reads calibration text: {_calibration(method)}")
     paper = method.paper
     if paper is not None:
         by = ", ".join(str(part) for part in (paper.authors, paper.year) if part)
         lines.append(f"- Paper: [{paper.title}]({paper.url}){f', {by}' if by else ''}")
     return "\n".join(lines)
+
+
+def _calibration(method: type[Pass]) -> str:
+    """Whether a method reads calibration text, and with which options it does so beside."""
+    if method.calibrated:
+        return "yes"
+    with_options = [
+        f"with `{option}: {value}`"
+        for option, values in method.calibrated_with.items()
+        for value in sorted(values)
+    ]
+    return ", ".join(["no", *([f"but {' or '.join(with_options)}"] if with_options else [])])
 
 
 def _options(model: type[BaseModel], *, flags: bool = True) -> str:
