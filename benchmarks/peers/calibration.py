@@ -30,19 +30,39 @@ def read_documents(path: Path) -> list[str]:
         return [document for document in file.read().split(SEPARATOR) if document.strip()]
 
 
-def document_windows(model: Path, documents: list[str], length: int) -> list[torch.Tensor]:
-    """For each document, its tokens as disjoint windows [n, length]; the short end is dropped."""
+def document_windows(
+    model: Path, documents: list[str], length: int, *, packed: bool = False
+) -> list[torch.Tensor]:
+    """For each document, its tokens as disjoint windows [n, length]; the short end is dropped.
+
+    A window starts and ends with what the tokenizer puts around a text (an encoder's class token and
+    separator, for a causal model nothing). With `packed`, for documents shorter than a window, they are
+    joined into one stream, each ended by `SEPARATOR`, and the windows of that stream come as one entry.
+    """
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.no_truncation()  # a sentence encoder's file may ask for it
+    tokenizer.no_padding()
+    around = tokenizer.encode("").ids
+    before, after = around[: len(around) // 2], around[len(around) // 2 :]
+    texts = [SEPARATOR.join([*documents, ""])] if packed else documents
+    inner = length - len(around)
     windows = []
-    for encoding in tokenizer.encode_batch(documents, add_special_tokens=False):
-        count = len(encoding.ids) // length
-        ids = torch.tensor(encoding.ids[: count * length], dtype=torch.int64)
-        windows.append(ids.view(count, length))
+    for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
+        count = len(encoding.ids) // inner
+        ids = torch.tensor(encoding.ids[: count * inner], dtype=torch.int64).view(count, inner)
+        frame = [torch.tensor(side, dtype=torch.int64).expand(count, -1) for side in (before, after)]
+        windows.append(torch.cat([frame[0], ids, frame[1]], 1))
     return windows
 
 
 def draw(windows: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """`count` of the windows, without replacement, in random order."""
+    """`count` of the windows, without replacement, in random order.
+
+    Raises:
+        ValueError: the text has fewer windows.
+    """
+    if windows.shape[0] < count:
+        raise ValueError(f"{count} windows are asked for, the text has {windows.shape[0]}")
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(windows.shape[0], generator=generator)[:count]
     return windows[chosen].contiguous()
@@ -56,10 +76,9 @@ def read_draw(path: Path) -> torch.Tensor:
     return tensors[KEY]
 
 
-def write_draws(model: Path, text: Path, out: Path, seeds: list[int], samples: int, length: int) -> None:
-    """Write `draw-SEED.safetensors` for each seed."""
+def write_draws(windows: torch.Tensor, out: Path, seeds: list[int], samples: int) -> None:
+    """Write `draw-SEED.safetensors` for each seed, from all windows of a text."""
     out.mkdir(parents=True, exist_ok=True)
-    windows = torch.cat(document_windows(model, read_documents(text), length))
     for seed in seeds:
         tokens = draw(windows, samples, seed)
         save_file({KEY: tokens}, out / f"draw-{seed}.safetensors")
@@ -76,7 +95,8 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     given = parser.parse_args()
-    write_draws(given.model, given.text, given.out, given.seeds, given.samples, given.sequence_length)
+    windows = torch.cat(document_windows(given.model, read_documents(given.text), given.sequence_length))
+    write_draws(windows, given.out, given.seeds, given.samples)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ what its own program computes from the same file, so that an error here cannot p
 Both formats are one dense stream of bits, little end first, cut into 32-bit words:
 
 - compressed-tensors, `pack-quantized`: along the input, an integer q stored as q + 2^(bits-1);
-  symmetric groups, one scale [rows, groups].
+  one scale [rows, groups]; zero points, where there are any, stored like q, packed along the output.
 - GPTQ version 1: the transpose, `qweight` [words, rows]; zeros stored minus one, packed along
   the output; `g_idx` names the group of each column, `scales` are [groups, rows].
 """
@@ -45,20 +45,23 @@ def layers_with(tensors: dict[str, torch.Tensor], suffix: str) -> Iterator[str]:
 
 
 def compressed_tensors(folder: Path, bits: int, group_size: int) -> dict[str, torch.Tensor]:
-    """Dense weights of a symmetric `pack-quantized` folder, keyed by parameter name."""
+    """Dense weights of a `pack-quantized` folder, keyed by parameter name."""
     tensors = read_tensors(folder)
     dense = {}
     for layer in layers_with(tensors, "weight_packed"):
         rows, columns = (int(size) for size in tensors[f"{layer}.weight_shape"])
         integers = unpack(tensors[f"{layer}.weight_packed"], bits, columns) - 2 ** (bits - 1)
         scale = tensors[f"{layer}.weight_scale"].to(torch.float32)
-        if f"{layer}.weight_zero_point" in tensors or integers.shape != (rows, columns):
-            raise ValueError(f"{layer}: expected a symmetric weight of shape {[rows, columns]}")
+        if integers.shape != (rows, columns):
+            raise ValueError(f"{layer}: expected a weight of shape {[rows, columns]}")
         if scale.shape != (rows, columns // group_size):
             raise ValueError(f"{layer}: scales {list(scale.shape)} are not of group {group_size}")
         group = torch.arange(columns) // group_size
         if f"{layer}.weight_g_idx" in tensors:
             group = tensors[f"{layer}.weight_g_idx"].to(torch.int64)
+        if (zeros := tensors.get(f"{layer}.weight_zero_point")) is not None:
+            zeros = unpack(zeros.t(), bits, rows).t() - 2 ** (bits - 1)
+            integers = integers - zeros[:, group]
         dense[f"{layer}.weight"] = integers.to(torch.float32) * scale[:, group]
     return dense
 
@@ -78,3 +81,19 @@ def gptq(folder: Path, bits: int, group_size: int) -> dict[str, torch.Tensor]:
         centred = integers.t() - zeros[group]
         dense[f"{layer}.weight"] = (centred.to(torch.float32) * scales[group]).t().contiguous()
     return dense
+
+
+def changed_floats(folder: Path, model: Path) -> dict[str, torch.Tensor]:
+    """Float tensors of a folder that are not what the base model holds under the same name.
+
+    A method that scales what it rounds has put the inverse into a norm or another layer.
+    """
+    base = read_tensors(model)
+    return {
+        name: tensor.to(torch.float32)
+        for name, tensor in read_tensors(folder).items()
+        if name in base
+        and tensor.is_floating_point()
+        and tensor.shape == base[name].shape
+        and not torch.equal(tensor.to(torch.float32), base[name].to(torch.float32))
+    }

@@ -10,58 +10,89 @@ takes the range as it is. `gptaq` also corrects for the difference between the i
 quantized and of the original model, and is a method beyond GPTQ.
 """
 
-from cell import Clock, parse_cell, write_cell  # first: it starts the clock
+from cell import Cell, Clock, Preset, parse_cell, write_cell  # first: it starts the clock
 
 # ruff: isort: split
 import os
 import shutil
+from pathlib import Path
 from typing import Any
 
 from calibration import read_draw
 from dequantize import gptq
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "mse": {"mse": 2.4},
-    "desc-act": {"desc_act": True, "act_group_aware": False},
-    "desc-act-mse": {"desc_act": True, "act_group_aware": False, "mse": 2.4},
-    "mse-damp1": {"mse": 2.4, "damp_percent": 0.01},
-    "mse-float32": {"mse": 2.4, "dtype": "float32"},
-    "gptaq-mse": {"gptaq": {}, "mse": 2.4},
+PRESETS: dict[str, Preset] = {
+    "default": Preset("gptq", {}, standard=True),
+    "mse": Preset("gptq", {"mse": 2.4}),
+    "desc-act": Preset("gptq", {"desc_act": True, "act_group_aware": False}),
+    "desc-act-mse": Preset("gptq", {"desc_act": True, "act_group_aware": False, "mse": 2.4}),
+    "mse-damp1": Preset("gptq", {"mse": 2.4, "damp_percent": 0.01}),
+    "mse-float32": Preset("gptq", {"mse": 2.4, "dtype": "float32"}),
+    "gptaq-mse": Preset("gptq", {"gptaq": {}, "mse": 2.4}),
 }
 
 CORES_IT_ASKS_FOR = 8
 
 
-def main() -> None:
-    cell = parse_cell((__doc__ or "").splitlines()[0], PRESETS)
-    settings = PRESETS[cell.preset]
-
+def start(cell: Cell) -> None:
+    """Import it, where it says that there are too few cores; the threads stay as given."""
     cores = os.cpu_count() or 1
-    if cores < CORES_IT_ASKS_FOR:  # it refuses to start; the threads stay as given
+    if cores < CORES_IT_ASKS_FOR:  # it refuses to start
         os.cpu_count = lambda: CORES_IT_ASKS_FOR
 
+    import gptqmodel  # noqa: F401 - it looks at the cores when it is imported
     import torch
-    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-    from gptqmodel.quantization.config import GPTAQConfig
 
     torch.set_num_threads(cell.threads)
-    tokens = read_draw(cell.calibration)
+
+
+def load(cell: Cell) -> Any:
+    """The model with the preset's configuration."""
+    import torch
+    from gptqmodel import GPTQModel, QuantizeConfig
+    from gptqmodel.quantization.config import GPTAQConfig
+
+    settings = PRESETS[cell.preset].settings
     options = {key: value for key, value in settings.items() if key != "dtype"}
     if "gptaq" in options:
         options["gptaq"] = GPTAQConfig(**options["gptaq"])
     configuration = QuantizeConfig(bits=cell.bits, group_size=cell.group_size, sym=True, **options)
     dtype = getattr(torch, settings["dtype"]) if "dtype" in settings else "auto"
-    model = GPTQModel.load(str(cell.model), configuration, device="cpu", dtype=dtype)
-    clock = Clock()
-    with clock.measure():
-        model.quantize(
-            [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens],
-            batch_size=8,
-        )
+    return GPTQModel.load(str(cell.model), configuration, device="cpu", dtype=dtype)
+
+
+def quantize(cell: Cell, model: Any) -> None:
+    """Quantize the model in place."""
+    import torch
+
+    tokens = read_draw(cell.draw())
+    model.quantize(
+        [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens],
+        batch_size=8,
+    )
+
+
+def save(cell: Cell, model: Any) -> Path:
+    """Write the packed model; returns its folder."""
     saved = cell.out / "saved"
     shutil.rmtree(saved, ignore_errors=True)
     model.save(str(saved))
+    return saved
+
+
+def main() -> None:
+    cell = parse_cell((__doc__ or "").splitlines()[0], PRESETS)
+    start(cell)
+
+    import torch
+    from gptqmodel import BACKEND, GPTQModel
+
+    model = load(cell)
+    clock = Clock()
+    with clock.measure():
+        quantize(cell, model)
+    saved = save(cell, model)
+    clock.finish()
 
     dense = gptq(saved, cell.bits, cell.group_size)
     served = GPTQModel.load(
@@ -78,7 +109,7 @@ def main() -> None:
     write_cell(
         cell,
         dense,
-        settings=settings,
+        settings=PRESETS[cell.preset].settings,
         clock=clock,
         packages=("gptqmodel", "transformers", "torch"),
         source="GPTQ format version 1, read from disk in float32",

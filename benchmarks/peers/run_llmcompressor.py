@@ -1,49 +1,51 @@
-"""One cell of llm-compressor's GPTQ; runs in llm-compressor's own environment.
+"""One cell of llm-compressor: GPTQ, AWQ or rounding to nearest; runs in llm-compressor's own environment.
 
-The dense weights are read from the compressed-tensors folder that it saved. Their rounding to
-the model's dtype must equal the weights that it computed with before it packed them.
+The dense weights are read from the compressed-tensors folder that it saved. Their rounding to the model's
+dtype must equal the weights that GPTQ computed with before it packed them, or for the others what stock
+transformers loads.
 
-A preset's `actorder: static` is llm-compressor's default. `weight` visits columns by activation
+Of GPTQ, a preset's `actorder: static` is llm-compressor's default. `weight` visits columns by activation
 too, but there each group has been updated by the time that its scale is used; both leave a file
 without `g_idx`. The observer is how a group's scale is chosen: minimum and maximum (default),
 least squared error over shrunken ranges, or that error weighted by the mean square of each
 input (`imatrix_mse`, its best at low widths).
 """
 
-from cell import Clock, parse_cell, write_cell  # first: it starts the clock
+from cell import Cell, Clock, Preset, automatic_class, parse_cell, write_cell  # first: it starts the clock
 
 # ruff: isort: split
 import shutil
+from pathlib import Path
 from typing import Any
 
 from calibration import read_draw
-from dequantize import compressed_tensors
+from dequantize import changed_floats, compressed_tensors
 
 WIDE_SEARCH = {"maxshrink": 0.8, "patience": 100}
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "mse": {"observer": "memoryless_mse"},
-    "mse-wide": {"observer": "memoryless_mse", "observer_kwargs": WIDE_SEARCH},
-    "imatrix": {"observer": "imatrix_mse"},
-    "weight-order": {"actorder": "weight"},
-    "weight-order-imatrix": {"actorder": "weight", "observer": "imatrix_mse"},
-    "float32": {"dtype": "float32"},
-    "imatrix-float32": {"dtype": "float32", "observer": "imatrix_mse"},
+PRESETS: dict[str, Preset] = {
+    "default": Preset("gptq", {}, standard=True),
+    "mse": Preset("gptq", {"observer": "memoryless_mse"}),
+    "mse-wide": Preset("gptq", {"observer": "memoryless_mse", "observer_kwargs": WIDE_SEARCH}),
+    "imatrix": Preset("gptq", {"observer": "imatrix_mse"}),
+    "weight-order": Preset("gptq", {"actorder": "weight"}),
+    "weight-order-imatrix": Preset("gptq", {"actorder": "weight", "observer": "imatrix_mse"}),
+    "float32": Preset("gptq", {"dtype": "float32"}),
+    "imatrix-float32": Preset("gptq", {"dtype": "float32", "observer": "imatrix_mse"}),
+    "rtn": Preset("rtn", {}, standard=True, calibrated=False),
+    "awq": Preset("awq", {}, standard=True),
 }
 
+OUTSIDE_THE_BLOCKS = ["lm_head", "re:.*pooler.*"]
 
-def main() -> None:
-    cell = parse_cell((__doc__ or "").splitlines()[0], PRESETS)
-    settings = PRESETS[cell.preset]
 
-    import torch
-    from datasets import Dataset
-    from llmcompressor import oneshot
+def modifiers(cell: Cell) -> list[Any]:
+    """The recipe of the preset."""
     from llmcompressor.modifiers.gptq import GPTQModifier
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
 
-    tokens = read_draw(cell.calibration)
+    preset = PRESETS[cell.preset]
     weights: dict[str, Any] = {
         "num_bits": cell.bits,
         "type": "int",
@@ -51,45 +53,114 @@ def main() -> None:
         "strategy": "group",
         "group_size": cell.group_size,
     }
-    weights |= {key: settings[key] for key in ("observer", "observer_kwargs") if key in settings}
-    modifier: dict[str, Any] = {
-        "config_groups": {"body": {"targets": ["Linear"], "weights": weights}},
-        "ignore": ["lm_head"],
+    weights |= {
+        key: preset.settings[key] for key in ("observer", "observer_kwargs") if key in preset.settings
     }
-    modifier |= {key: settings[key] for key in ("actorder",) if key in settings}
+    what: dict[str, Any] = {
+        "config_groups": {"body": {"targets": ["Linear"], "weights": weights}},
+        "ignore": OUTSIDE_THE_BLOCKS,
+    }
+    if preset.method == "gptq":
+        order = {key: preset.settings[key] for key in ("actorder",) if key in preset.settings}
+        return [GPTQModifier(**what, **order)]
+    if preset.method == "awq":
+        return [AWQModifier(), QuantizationModifier(**what)]
+    return [QuantizationModifier(**what)]
 
-    model = AutoModelForCausalLM.from_pretrained(cell.model, dtype=settings.get("dtype", "auto"))
+
+def leave_memory_unpinned() -> None:
+    """Without an accelerator, keep AWQ from pinning memory for it, which stops it on a CPU.
+
+    Pinned memory is copied faster to a device; what is computed is the same.
+    """
+    import torch
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if not torch.accelerator.is_available():
+        IntermediatesCache.pin_memory = lambda *_, **__: None
+
+
+def load(cell: Cell) -> Any:
+    """The model, in the precision that the preset asks for."""
+    dtype = PRESETS[cell.preset].settings.get("dtype", "auto")
+    return automatic_class(cell.model).from_pretrained(cell.model, dtype=dtype)
+
+
+def quantize(cell: Cell, model: Any) -> None:
+    """Quantize the model in place."""
+    import torch
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from transformers import AutoTokenizer
+
+    leave_memory_unpinned()
+    if not PRESETS[cell.preset].calibrated:
+        oneshot(model=model, recipe=modifiers(cell))
+        return
+    tokens = read_draw(cell.draw())
     dataset = Dataset.from_dict(
         {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
     )
-    clock = Clock()
-    with clock.measure():
-        oneshot(
-            model=model,
-            processor=AutoTokenizer.from_pretrained(cell.model),
-            dataset=dataset,
-            recipe=GPTQModifier(**modifier),
-            max_seq_length=tokens.shape[1],
-            num_calibration_samples=tokens.shape[0],
-            shuffle_calibration_samples=False,
-        )
-    computed = {name: value.detach().clone() for name, value in model.named_parameters()}
+    oneshot(
+        model=model,
+        processor=AutoTokenizer.from_pretrained(cell.model),
+        dataset=dataset,
+        recipe=modifiers(cell),
+        max_seq_length=tokens.shape[1],
+        num_calibration_samples=tokens.shape[0],
+        shuffle_calibration_samples=False,
+    )
 
+
+def save(cell: Cell, model: Any) -> Path:
+    """Write the packed model; returns its folder."""
     saved = cell.out / "saved"
     shutil.rmtree(saved, ignore_errors=True)
     model.save_pretrained(saved, save_compressed=True)
+    return saved
+
+
+def reference(cell: Cell, model: Any, saved: Path, computed: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """What the saved weights must equal, in the model's precision, and how that is called.
+
+    GPTQ has put the rounded weights into the model. The others leave floats there, to be rounded as they
+    are packed, so what transformers loads again is taken.
+    """
+    if PRESETS[cell.preset].method == "gptq":
+        return computed, "the quantized weights in memory before packing"
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    plain = CompressedTensorsConfig(run_compressed=False)
+    loaded = automatic_class(cell.model).from_pretrained(saved, dtype=model.dtype, quantization_config=plain)
+    return loaded.state_dict(), "the weights that stock transformers loads"
+
+
+def main() -> None:
+    cell = parse_cell((__doc__ or "").splitlines()[0], PRESETS)
+
+    import torch
+
+    model = load(cell)
+    clock = Clock()
+    with clock.measure():
+        quantize(cell, model)
+    computed = {name: value.detach().clone() for name, value in model.named_parameters()}
+    saved = save(cell, model)
+    clock.finish()
+
     dense = compressed_tensors(saved, cell.bits, cell.group_size)
+    expected, called = reference(cell, model, saved, computed)
     for name, tensor in dense.items():
-        if not torch.equal(tensor.to(model.dtype), computed[name].to(model.dtype)):
-            raise ValueError(f"{name}: the saved weight is not the weight that was computed with")
+        if not torch.equal(tensor.to(model.dtype), expected[name].to(model.dtype)):
+            raise ValueError(f"{name}: the saved weight is not one of {called}")
     write_cell(
         cell,
-        dense,
-        settings=settings,
+        dense | changed_floats(saved, cell.model),
+        settings=PRESETS[cell.preset].settings,
         clock=clock,
         packages=("llmcompressor", "compressed-tensors", "transformers", "torch"),
         source="compressed-tensors pack-quantized, read from disk in float32",
-        compared_with=f"the quantized weights in memory before packing ({model.dtype}), equal",
+        compared_with=f"{called} ({model.dtype}), equal",
     )
 
 
