@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any, Final
 
 from planting import changed_answers
@@ -92,11 +92,16 @@ def noise_of(rounds: Sequence[Round], metric: str) -> dict[str, float]:
 
     launches = [logs(launch) for found in rounds for launch in found.values()]
     pairs = [fmean(logs(found["after"])) - fmean(logs(found["before"])) for found in rounds]
+    turns = [
+        median(new - old for old, new in zip(logs(found["before"]), logs(found["after"]), strict=False))
+        for found in rounds
+    ]
     within = [stdev(samples) for samples in launches if len(samples) > 1]
     return {
         "between_launches": stdev([fmean(samples) for samples in launches]),
         "within_launches": fmean(within) if within else 0.0,
         "between_arms_of_a_round": stdev(pairs) if len(pairs) > 1 else 0.0,
+        "medians_of_turns": stdev(turns) if len(turns) > 1 else 0.0,
     }
 
 
@@ -327,6 +332,11 @@ def read_plan() -> tuple[Plan, Path]:
     parser.add_argument("--answer-experiments", type=int, default=400)
     parser.add_argument("--launches", type=int, default=Bench().launches)
     parser.add_argument("--budget", type=float, default=Bench().budget, help="seconds of a bench")
+    parser.add_argument(
+        "--as-measured",
+        action="store_true",
+        help="take the experiments in --work by whatever sources they were measured, and judge them anew",
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it works")
     given = parser.parse_args()
@@ -358,6 +368,7 @@ def read_plan() -> tuple[Plan, Path]:
         experiments=100 if quick else given.experiments,
         planted_experiments=100 if quick else given.planted_experiments,
         answer_experiments=50 if quick else given.answer_experiments,
+        as_measured=given.as_measured,
         processes=len(os.sched_getaffinity(0)),
         quick=quick,
     )

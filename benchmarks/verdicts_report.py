@@ -133,8 +133,9 @@ def _noise(document: Document) -> list[str]:
         (metric, *(f"{100 * value:.2f}%" for value in found.values()))
         for metric, found in document["noise"].items()
     ]
-    head = ("rate", "between launches", "within a launch", "between two arms of a round")
-    return ["### Noise", "Standard deviations of the rate's logarithm.", table(head, rows)]
+    head = ("rate", "between launches", "within a launch", "between means of a round", "medians of its turns")
+    words = "Standard deviations of the rate's logarithm; the last two of the ratio of two arms of a round."
+    return ["### Noise", words, table(head, rows)]
 
 
 def _slow(document: Document) -> list[str]:

@@ -5,8 +5,12 @@ resampled, never samples, and both arms of a pair are resampled together. With 2
 interval is the percentile bootstrap (Efron and Tibshirani 1993, "An Introduction to the Bootstrap",
 chapter 13, by `scipy.stats.bootstrap`); with fewer, a percentile of a few values covers too little, and
 Student's t on the jackknife's standard error is used (chapter 11; t with n - 1 degrees of freedom).
-Timings are resampled in two stages, launches and the iterations of each (Davison and Hinkley 1997,
+Timings are resampled in two stages, launches and the turns of each (Davison and Hinkley 1997,
 "Bootstrap Methods and their Application", section 3.8). Ratios are found on the logarithmic scale.
+
+Two arms that were timed took turns, so their ratio in a round of launches is the median of the ratios of
+what both measured in the same turn: whatever slowed the machine down for longer than a turn falls out of
+each ratio, and what hit one sample alone out of the median (docs/decisions/0021).
 
 Answers that are right or wrong have exact intervals where few of them changed: a bootstrap of a sample
 without a single change claims certainty.
@@ -14,7 +18,6 @@ without a single change claims certainty.
 
 import math
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -23,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from compress.bench.resamples import BOOTSTRAP_CLUSTERS, Array, power_reach, spread
 from compress.bench.results import Contingency
+from compress.bench.turns import is_timed, iterates, ratio_of_turns, two_stages
 from compress.core.measurement import Effect, EffectKind, Measurement, Summary
 
-BOOTSTRAP_CLUSTERS: Final = 20
-"""From this many clusters on, the bootstrap is used."""
 ALIKE: Final = 8
 """Where at least so many clusters are alike on average, how many of each kind are drawn, and not each."""
 FEW_CHANGES: Final = 10
@@ -35,10 +38,6 @@ FEW_CHANGES: Final = 10
 _EXPONENTIAL: Final = ("exponential-mean", "geometric-mean")
 """Summaries that average logarithms."""
 _NOTHING_LOST: Final = "nothing was lost, so nothing can be regained"
-POWER: Final = 0.8
-"""How often an experiment shall find the smallest detectable change."""
-
-Array = NDArray[np.float64]
 
 
 class Incomparable(Exception):
@@ -90,6 +89,8 @@ def effect(
         _check_pair(damaged, after)
         arms = [arms[0], damaged, after]
     values = [arm.value for arm in arms if arm.value is not None]
+    if kind == "ratio" and all(is_timed(arm) and arm.samples for arm in arms):
+        return ratio_of_turns(arms, confidence, resamples, seed)
     point = _combined(kind, after.summary, values)
     if kind == "recovery":
         _check_loss(before, damaged)
@@ -176,7 +177,7 @@ def _check_pair(before: Measurement, after: Measurement) -> None:
         ours, theirs = before.conditions.get(name), after.conditions.get(name)
         if ours != theirs:
             raise Incomparable(f"measured under another {name}: {_differing(ours, theirs)}")
-    if _timed(before) and _timed(after):
+    if is_timed(before) and is_timed(after):
         # A faster arm may have taken more samples in a launch; what pairs are the launches.
         if set(before.clusters or ()) != set(after.clusters or ()):
             raise Incomparable("the samples do not pair: other launches")
@@ -185,10 +186,6 @@ def _check_pair(before: Measurement, after: Measurement) -> None:
         raise Incomparable("the samples do not pair: other launches, windows or token counts")
     if len(before.samples) != len(after.samples):
         raise Incomparable(f"{len(before.samples)} and {len(after.samples)} samples do not pair")
-
-
-def _timed(arm: Measurement) -> bool:
-    return arm.summary == "geometric-mean" and arm.clusters is not None and arm.weights is None
 
 
 def _differing(ours: Any, theirs: Any) -> str:
@@ -239,7 +236,7 @@ def _cluster_sums(measurement: Measurement) -> _Sums:
     if measurement.clusters is None:
         return _Sums(weights, weights * values)
     _, index, counts = np.unique(np.asarray(measurement.clusters), return_inverse=True, return_counts=True)
-    if _timed(measurement):
+    if is_timed(measurement):
         # A launch counts once, however many samples it had time for.
         weights = weights / counts[index]
     return _Sums(
@@ -303,14 +300,14 @@ def _bounds(
         error = _jackknife_error(columns, statistic)
         reach = float(stats.t.ppf(confidence, clusters - 1)) * error
         low, high = point - reach, point + reach
-    elif summary == "geometric-mean" and all(_iterates(arm) for arm in arms):
-        drawn = _two_stages(arms, statistic, resamples, seed)
+    elif summary == "geometric-mean" and all(iterates(arm) for arm in arms):
+        drawn = two_stages(arms, statistic, resamples, seed)
         method = f"bootstrap over {clusters} launches and their iterations"
-        error, low, high = _spread(drawn, confidence)
+        error, low, high = spread(drawn, confidence)
     elif (kinds := np.unique(np.stack(columns), axis=1, return_counts=True))[0].shape[1] * ALIKE <= clusters:
         drawn = _by_kind(*kinds, statistic, resamples, seed)
         method = f"bootstrap over {clusters} {_units(arms[-1])}"
-        error, low, high = _spread(drawn, confidence)
+        error, low, high = spread(drawn, confidence)
     else:
         found = _bootstrapped(columns, statistic, 2 * confidence - 1, resamples, seed)
         method = f"bootstrap over {clusters} {_units(arms[-1])}"
@@ -318,17 +315,10 @@ def _bounds(
         low, high = float(found.confidence_interval.low), float(found.confidence_interval.high)
     if not all(math.isfinite(number) for number in (low, high, error)):
         raise Incomparable("the samples are too few for this: a resample of them gives no finite number")
-    least = error * float(stats.t.ppf(confidence, clusters - 1) + stats.t.ppf(POWER, clusters - 1))
+    least = error * power_reach(confidence, clusters)
     if kind == "ratio":
         return _Bounds(math.exp(low), math.exp(high), method, math.expm1(least))
     return _Bounds(low, high, method, least)
-
-
-def _spread(drawn: Array, confidence: float) -> tuple[float, float, float]:
-    """Standard error and percentile bounds of a resampled statistic; not finite where a resample is not."""
-    with np.errstate(invalid="ignore"):
-        low, high = np.quantile(drawn, [1 - confidence, confidence])
-        return float(np.std(drawn, ddof=1)), float(low), float(high)
 
 
 def _by_kind(
@@ -374,39 +364,3 @@ def _jackknife_error(columns: Sequence[Array], statistic: Callable[..., Array]) 
     leave_one_out = np.asarray(without, dtype=np.float64)
     spread = np.sum((leave_one_out - leave_one_out.mean()) ** 2)
     return math.sqrt((count - 1) / count * float(spread))
-
-
-def _iterates(arm: Measurement) -> bool:
-    """Whether every launch has the same number of iterations, two at least."""
-    if arm.clusters is None or arm.weights is not None:
-        return False
-    counts = set(Counter(arm.clusters).values())
-    return len(counts) == 1 and counts.pop() > 1
-
-
-def _two_stages(
-    arms: Sequence[Measurement], statistic: Callable[..., Array], resamples: int, seed: int
-) -> Array:
-    """The statistic of resampled launches with resampled iterations, ``[resamples]``.
-
-    Both are drawn for all arms together: a round of launches shares what the machine did at the time, and
-    within it the samples of one turn do.
-    """
-    generator = np.random.default_rng(seed)
-    columns: list[Array] = []
-    chosen: NDArray[np.int64] | None = None
-    within: NDArray[np.int64] | None = None
-    for arm in arms:
-        # Samples lie in order of launches; `_iterates` made sure that they are a rectangle.
-        order = np.argsort(np.asarray(arm.clusters), kind="stable")
-        logs = np.log(np.asarray(arm.samples, dtype=np.float64)[order]).reshape(
-            len(set(arm.clusters or ())), -1
-        )
-        launches, iterations = logs.shape
-        if chosen is None:
-            chosen = generator.integers(launches, size=(resamples, launches))
-        if within is None or within.shape[-1] != iterations:
-            within = generator.integers(iterations, size=(resamples, launches, iterations))
-        drawn = logs[chosen[..., None], within].sum(-1)
-        columns += [np.full_like(drawn, float(iterations)), drawn]
-    return np.asarray(statistic(*columns, axis=-1), dtype=np.float64)
