@@ -47,10 +47,16 @@ MOST_BYTES = 6_000_000
 TEST_WINDOWS = 128
 
 ROUNDED: Mapping[str, Mapping[str, Any]] = {
-    "int4, group 32": {"bits": 4, "group_size": 32},
-    "int3, group 64": {"bits": 3, "group_size": 64},
-    "int3, one scale a row": {"bits": 3, "group_size": "channel"},
+    "int4, group 32": {"bits": 4, "group_size": 32, "integer_range": "narrow"},
+    "int3, group 64": {"bits": 3, "group_size": 64, "integer_range": "narrow"},
+    "int3, one scale a row": {"bits": 3, "group_size": "channel", "integer_range": "narrow"},
     "the same, embedding too": {
+        "bits": 3,
+        "group_size": "channel",
+        "integer_range": "narrow",
+        "include": ["lm_head", "*embed_tokens"],
+    },
+    "with the lowest integer": {
         "bits": 3,
         "group_size": "channel",
         "include": ["lm_head", "*embed_tokens"],
@@ -163,7 +169,7 @@ it went. Ask it in the layout of its training:
     Answer:
 
 Shares of right answers on 200 examples of the test split, in percent; the last columns say what rounding the
-weights to nearest changes.
+weights to nearest changes, symmetrically and, but in the very last one, without the lowest integer.
 
 {scores}
 """
@@ -209,7 +215,8 @@ def write(work: Path, model: Path, stored: Judged, rounded: Mapping[str, Judged]
         f"bfloat16; {settings.steps:,} steps of {settings.batch_tokens:,} tokens in {minutes:.0f} minutes. "
         "Loss curve: `loss.csv`; settings and figures: `quickstart.json`.\n\n"
         "Shares of right answers on 200 examples of the test split, in percent, beside the share of a blind "
-        f"guess; the last columns say what rounding the weights to nearest changes.\n\n{scores}\n"
+        "guess; the last columns say what rounding the weights to nearest changes, symmetrically and, but in "
+        f"the very last one, without the lowest integer.\n\n{scores}\n"
     )
     (model / "README.md").write_text(card(parameters, tokens, scores))
     shutil.rmtree(PACKAGED, ignore_errors=True)

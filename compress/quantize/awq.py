@@ -81,7 +81,7 @@ class Awq(Expanding):
             "bits": self.bits,
             "group_size": self.group_size,
             "symmetric": self.symmetric,
-            "integer_range": "narrow" if self.rounder == "rtn" else "full",
+            "integer_range": "full",
             "fallback": self.fallback,
             "ignore": self.ignore,
         }

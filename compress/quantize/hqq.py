@@ -2,14 +2,13 @@
 
 A little more work than `quantize.rtn` and no calibration text: for each group the scale and the zero
 point are fitted to the weights in a norm below one, which lets a few outliers go for the sake of the
-others. Where no text is at hand, or a model has layers that it would not reach, this is the method to try
+others, and of all grids that the fit meets the one with the least squared error is kept. Where no text is at hand, or a model has layers that it would not reach, this is the method to try
 first below 8 bits; with text, `quantize.gptq` is better.
 
 Zero points here are whole numbers and scales have the precision of the model, so that every server reads
 the result; the original keeps real zero points in 16 bits, which only its own kernels take. How the fit
-makes up for that, and what else differs, is said in `compress.numerics.half_quadratic`. Beyond the
-original, the fit begins with ranges that were searched in the same norm (`clip`), since a fit only finds
-the nearest optimum.
+makes up for that, and what else differs, is said in `compress.numerics.half_quadratic`. On request the fit
+begins with ranges that were searched in the same norm, too (`clip`), since it only finds the nearest optimum.
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal, final
@@ -58,7 +57,7 @@ class Hqq(Rounder):
         default=20, ge=0, le=1000, description="how often outliers are split off and the grid fitted"
     )
     clip: Literal["none", "norm"] = Field(
-        default="norm",
+        default="none",
         description="ranges to begin with: `none` takes the extremes of a group as the original does, `norm` "
         "also the ones with the least error in the norm",
     )

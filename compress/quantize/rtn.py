@@ -45,9 +45,9 @@ class Rtn(Rounder):
     formats: ClassVar[tuple[Format, ...]] = ("int", "fp8", "nvfp4", "mxfp4")
 
     integer_range: Range = Field(
-        default="narrow",
-        description="integers of a symmetric scheme: `narrow` leaves out the lowest one, so that the largest "
-        "weight is held exactly; `full` uses all of them",
+        default="full",
+        description="integers of a symmetric scheme: `full` uses all of them; `narrow` leaves out the lowest "
+        "one, so that the largest weight is held exactly and the steps are wider",
     )
     clip: Literal["none", "mse"] = Field(
         default="none",

@@ -60,9 +60,9 @@ class Awq(Smoother):
     )
     symmetric: bool = Field(default=True, description="whether its zero is the integer 0")
     integer_range: Range = Field(
-        default="narrow",
-        description="its integers where it is symmetric: `narrow` is the default of quantize.rtn, `full` "
-        "that of quantize.gptq",
+        default="full",
+        description="its integers where it is symmetric: `full` uses all of them, as rounders do unless told "
+        "otherwise; `narrow` leaves out the lowest",
     )
     grid: PositiveInt = Field(default=20, description="exponents from 0 to below 1 that are tried")
     balance: Literal["activations", "both"] = Field(

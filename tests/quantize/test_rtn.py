@@ -15,8 +15,15 @@ def _weight() -> torch.Tensor:
     return torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_default_holds_the_largest_weight_of_a_row_exactly() -> None:
-    method = Rtn(bits=4, group_size="channel")
+def test_the_default_uses_all_integers() -> None:
+    method = Rtn(bits=2, group_size=32)
+    rounded = method.round(_weight(), None, method.scheme_for("layer"), torch.float32).quantized
+    assert set(rounded.q.unique().tolist()) == {-2, -1, 0, 1}
+    assert torch.allclose(rounded.scale, _weight().view(16, 2, 32).abs().amax(-1) / 1.5)
+
+
+def test_the_narrow_range_holds_the_largest_weight_of_a_row_exactly() -> None:
+    method = Rtn(bits=4, group_size="channel", integer_range="narrow")
     weight = _weight()
     rounded = method.round(weight.clone(), None, method.scheme_for("layer"), torch.float32).quantized
     largest = weight.abs().amax(1)
@@ -47,11 +54,11 @@ def test_clipping_never_raises_the_squared_error(bits: int, symmetric: bool, int
 @pytest.mark.parametrize(
     ("options", "scheme"),
     [
-        ({"activations": "dynamic"}, Scheme(8, None, True, "narrow", activations="dynamic")),
-        ({"bits": 8, "activations": "static"}, Scheme(8, None, True, "narrow", activations="static")),
-        ({"format": "fp8"}, Scheme(8, None, True, "narrow", "fp8")),
-        ({"format": "nvfp4", "activations": "static"}, Scheme(4, 16, True, "narrow", "nvfp4", "static")),
-        ({"format": "mxfp4", "activations": "dynamic"}, Scheme(4, 32, True, "narrow", "mxfp4", "dynamic")),
+        ({"activations": "dynamic"}, Scheme(8, None, activations="dynamic")),
+        ({"bits": 8, "activations": "static"}, Scheme(8, None, activations="static")),
+        ({"format": "fp8"}, Scheme(8, None, format="fp8")),
+        ({"format": "nvfp4", "activations": "static"}, Scheme(4, 16, format="nvfp4", activations="static")),
+        ({"format": "mxfp4", "activations": "dynamic"}, Scheme(4, 32, format="mxfp4", activations="dynamic")),
     ],
 )
 def test_a_format_settles_what_was_not_given(options: dict[str, object], scheme: Scheme) -> None:
@@ -96,12 +103,12 @@ def test_rounders_to_integers_take_their_activations_and_no_floats(name: str) ->
     ("bits", "expected", "within"), [(8, 1.54407, 3e-4), (4, 1.71267, 5e-4), (3, 3.38081, 2e-3)]
 )
 def test_published_losses_of_a_real_model(shared: Path, bits: int, expected: float, within: float) -> None:
-    """240 stories, each as BOS and tokens, cut at 512; mean over all 79,532 targets in float32."""
+    """240 stories, each as BOS and tokens, cut at 512; mean over all 79,532 targets in float32; narrow."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = shared / "models" / "stories260K"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    method = Rtn(bits=bits, group_size="channel")
+    method = Rtn(bits=bits, group_size="channel", integer_range="narrow")
     changed = 0
     for name, module in model.model.named_modules():
         if isinstance(module, torch.nn.Linear):

@@ -136,7 +136,7 @@ def test_what_is_chosen_in_the_sweep_is_what_the_layers_saw(tmp_path: Path) -> N
     with torch.no_grad():
         model(input_ids=models_zoo.tokens(SAMPLES, LENGTH))
     prefix = "model.layers.1.self_attn."
-    scheme = Scheme(3, 16, True, "narrow")
+    scheme = Scheme(3, 16)
     # Two query heads share a value head of eight features.
     channels = torch.arange(32) // 16 * 8 + torch.arange(32) % 8
     weight = old[f"{prefix}o_proj.weight"]
