@@ -218,6 +218,11 @@ def _attempt(
     try:
         engine.execute(planned)
     except CompressError as error:
+        # A graph that does not agree with its model is not published, and the refusal says what would help.
+        for more in _remedies(error.hint or "", find(name), added):
+            cell = _attempt(name, options, more, source, out, place)
+            if cell.verdict not in ("no", "broken"):
+                return cell
         return Cell("broken", "", _public(f"{type(error).__name__} after the plan held: {error}", source))
     if not _changed(out, find(name)):
         return Cell("broken", "", "nothing was changed")
@@ -293,8 +298,8 @@ def _opening(versions: str) -> list[str]:
         f"Each method was planned on, and applied to, a tiny random model of each architecture in bfloat16, "
         f"and the result loaded and compared with what was meant ({versions}).",
         "- **yes**: applied and verified.\n"
-        "- **with** a flag: refused as it stands when the run is planned; the refusal names the flag, and "
-        "with it the method is applied and verified.\n"
+        "- **with** a flag: refused as it stands when the run is planned, or a graph before it is published; "
+        "the refusal names the flag, and with it the method is applied and verified.\n"
         "- **no**: refused when the run is planned, before anything is written; the number is that of the "
         "reason below.",
         f"The models are narrow, so groups are of {SMALL['group_size']} columns, and of "

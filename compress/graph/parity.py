@@ -165,7 +165,7 @@ def check(parity: Parity, bounds: Bounds, what: str) -> None:
     if found is not None:
         raise VerificationError(
             f"{what}: {found}",
-            "products with rounded inputs are too coarse for this model: export with accuracy level 0"
+            "products with rounded inputs are too coarse for this model: export with --accuracy-level 0"
             if bounds == INT8_ACTIVATIONS
             else "nothing was written: the graph does not compute what the model does",
         )

@@ -2,8 +2,9 @@
 
 A little more work than `quantize.rtn` and no calibration text: for each group the scale and the zero
 point are fitted to the weights in a norm below one, which lets a few outliers go for the sake of the
-others, and of all grids that the fit meets the one with the least squared error is kept. Where no text is at hand, or a model has layers that it would not reach, this is the method to try
-first below 8 bits; with text, `quantize.gptq` is better.
+others, and of all grids that the fit meets the one with the least squared error is kept. Where no text is at
+hand, or a model has layers that it would not reach, this is the method to try first below 8 bits; with text,
+`quantize.gptq` is better.
 
 Zero points here are whole numbers and scales have the precision of the model, so that every server reads
 the result; the original keeps real zero points in 16 bits, which only its own kernels take. How the fit

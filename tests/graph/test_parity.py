@@ -82,7 +82,7 @@ def test_bounds() -> None:
     for found, bounds, words in wrong:
         with pytest.raises(VerificationError, match=words) as caught:
             parity.check(found, bounds, "it")
-        level = "accuracy level 0" in caught.value.hint
+        level = "--accuracy-level 0" in caught.value.hint
         assert level is (bounds is INT8_ACTIVATIONS), "what to do depends on what was too coarse"
 
 

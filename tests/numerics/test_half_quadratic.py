@@ -92,8 +92,7 @@ def test_it_comes_close_to_the_best_of_all_grids(symmetric: bool) -> None:
     scheme = Scheme(2, None, symmetric=symmetric)
     weight = _weight(16, 12)
     starts = [
-        round_to_nearest(weight, scheme, torch.float32, search=search)
-        for search in (None, ClipSearch())
+        round_to_nearest(weight, scheme, torch.float32, search=search) for search in (None, ClipSearch())
     ]
     start, alone, found = (
         group_errors(weight, each)

@@ -125,7 +125,9 @@ def test_the_model_computes_what_it_computed(name: str, tmp_path: Path) -> None:
 
 def test_what_is_chosen_in_the_sweep_is_what_the_layers_saw(tmp_path: Path) -> None:
     source = models_zoo.write("llama", tmp_path)
-    out = transformed(source, tmp_path / "out", "transform.awq", bits=3, group_size=16)
+    out = transformed(
+        source, tmp_path / "out", "transform.awq", bits=3, group_size=16, integer_range="narrow"
+    )
     model, old, new = loaded(source), tensors(source), tensors(out.path)
     seen: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
@@ -136,7 +138,7 @@ def test_what_is_chosen_in_the_sweep_is_what_the_layers_saw(tmp_path: Path) -> N
     with torch.no_grad():
         model(input_ids=models_zoo.tokens(SAMPLES, LENGTH))
     prefix = "model.layers.1.self_attn."
-    scheme = Scheme(3, 16)
+    scheme = Scheme(3, 16, True, "narrow")
     # Two query heads share a value head of eight features.
     channels = torch.arange(32) // 16 * 8 + torch.arange(32) % 8
     weight = old[f"{prefix}o_proj.weight"]
