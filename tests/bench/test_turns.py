@@ -57,19 +57,19 @@ def test_samples_without_a_turn_in_common_count_for_nothing() -> None:
 def test_many_launches_are_resampled_with_their_turns() -> None:
     """Against the same bootstrap in plain loops."""
     before, after = machine(np.random.default_rng(2), 24, 7)
-    found = effect(timed(after), timed(before), "ratio", resamples=20_000)
+    found = effect(timed(after), timed(before), "ratio", resamples=8_000)
     assert found.method.startswith("bootstrap over 24 launches and their turns")
     logs, generator = np.log(after / before), np.random.default_rng(3)
     drawn = []
-    for _ in range(4_000):
+    for _ in range(1_500):
         rounds = [logs[launch] for launch in generator.integers(24, size=24)]
         drawn.append(fmean(float(np.median(generator.choice(turns, len(turns)))) for turns in rounds))
     low, high = np.quantile(drawn, [0.05, 0.95])
     assert found.low is not None
     assert found.high is not None
     width = high - low
-    assert math.log(found.low) == pytest.approx(low, abs=0.06 * width)
-    assert math.log(found.high) == pytest.approx(high, abs=0.06 * width)
+    assert math.log(found.low) == pytest.approx(low, abs=0.1 * width)
+    assert math.log(found.high) == pytest.approx(high, abs=0.1 * width)
 
 
 @pytest.mark.parametrize("launches", [3, 8, 24])
