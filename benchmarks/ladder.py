@@ -62,7 +62,8 @@ def quantize(model: Path, work: Path, group_size: int, threads: int) -> list[Pat
     found = []
     for bits in BITS:
         target = work / f"int{bits}"
-        asked = command("quantize", "rtn", near(model), "--out", near(target), "--bits", bits, "--quiet")
+        asked = command("quantize", "rtn", near(model), "--out", near(target), "--bits", bits)
+        asked += ["--integer-range", "narrow", "--quiet"]
         asked += ["--group-size", str(group_size), "--threads", str(threads)]
         subprocess.run(asked, env=environment(threads), cwd=REPOSITORY, check=True)
         print(f"{target.name} is there", flush=True)

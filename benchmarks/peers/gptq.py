@@ -6,8 +6,6 @@ and compare by a paired difference. What is finished is kept (`grid.py`).
 
 import argparse
 import json
-import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,7 +18,6 @@ import run_compress
 import run_gptqmodel
 import run_llmcompressor
 import torch
-import transformers
 from calibration import document_windows, read_documents, shared_folder
 from grid import (
     OURS,
@@ -34,6 +31,7 @@ from grid import (
     draw_tokens,
     run_cells,
     score_cells,
+    this_machine,
 )
 from scoring import LENGTH, load_base, losses, make_windows
 
@@ -208,13 +206,7 @@ def main() -> int:
             "threads": arguments.threads,
             "margin": MARGIN,
         },
-        "machine": {
-            "processor": platform.machine(),
-            "cores": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "machine": this_machine(),
         "base_loss": float(numpy.mean(losses(base, windows.of_loss, [{}]))),
         "arms": arms,
         "comparisons": comparisons_of(arms, windows.document),

@@ -11,8 +11,6 @@ Run it with ``PYTHONPATH=benchmarks python benchmarks/peers/gptq_time.py``.
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
 import sys
@@ -22,7 +20,15 @@ from typing import Any
 
 import torch
 from calibration import KEY, shared_folder
-from grid import REPOSITORY, digest_files, digest_value, installed_versions, read_key, run_logged
+from grid import (
+    REPOSITORY,
+    digest_files,
+    digest_value,
+    installed_versions,
+    read_key,
+    run_logged,
+    this_machine,
+)
 from random_llama import write_model
 from run_timed import CHECK, FORWARD, SOLVE
 from safetensors.torch import save_file
@@ -259,7 +265,7 @@ def main() -> int:
             "length": LENGTH,
             "runs": arguments.runs,
         },
-        "machine": {"processor": platform.machine(), "cores": len(os.sched_getaffinity(0))},
+        "machine": this_machine(),
         "medians": medians(records),
         "ratios": ratios(records),
         "runs": records,

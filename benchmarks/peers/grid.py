@@ -8,6 +8,7 @@ all its draws.
 import hashlib
 import json
 import os
+import platform
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy
 import torch
+import transformers
 from calibration import write_draws
 from cell import Preset
 from paired import CONFIDENCE, Difference, Samples, compare
@@ -28,6 +30,19 @@ REPOSITORY = HERE.parents[1]
 OURS = "compress"
 RUNNERS_SHARE = ("cell.py", "calibration.py", "dequantize.py")
 SCORER_FILES = ("scoring.py",)
+
+
+def this_machine() -> dict[str, Any]:
+    """What a table was made on, for its report."""
+    return {
+        "processor": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
 SCORED_TOGETHER = 8  # cells that share one computation of the base's probabilities
 DATA_FREE = "no-draw"
 

@@ -12,8 +12,6 @@ Two questions, each with an interval for an answer:
 
 import argparse
 import json
-import os
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +25,6 @@ import run_gptqmodel
 import run_hqq
 import run_llmcompressor
 import torch
-import transformers
 from grid import (
     OURS,
     REPOSITORY,
@@ -42,6 +39,7 @@ from grid import (
     finished_before,
     run_cells,
     score_cells,
+    this_machine,
 )
 from quantization_report import render
 from quantization_verdicts import CONFIDENCE, MARGIN, verdicts_of
@@ -177,13 +175,7 @@ def main() -> int:
             "threads": arguments.threads,
             "seeds": arguments.seeds,
         },
-        "machine": {
-            "processor": platform.machine(),
-            "cores": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "machine": this_machine(),
         "models": parts,
     }
     arguments.report.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,6 @@ PRESETS: dict[str, Preset] = {
     "default": Preset("gptq", [["quantize", "gptq"]], standard=True),
     "plain": Preset("gptq", [PLAIN]),
     "rtn": Preset("rtn", [["quantize", "rtn"]], standard=True, calibrated=False),
-    "rtn-full": Preset("rtn", [["quantize", "rtn", "--integer-range", "full"]], calibrated=False),
     "hqq": Preset("hqq", [["quantize", "hqq"]], standard=True, calibrated=False),
     "hqq-asymmetric": Preset(
         "hqq", [["quantize", "hqq", "--no-symmetric"]], standard=True, calibrated=False, symmetric=False

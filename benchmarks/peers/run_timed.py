@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from calibration import KEY, read_draw
@@ -93,6 +94,18 @@ def compress_program(regions: Regions, preset: Preset) -> Callable[[Cell], None]
     return run
 
 
+def at_its_defaults(runner: ModuleType) -> Callable[[Cell], None]:
+    """What a peer's runner does with a cell, its functions looked up when they run: they are timed."""
+
+    def run(cell: Cell) -> None:
+        cell = replace(cell, preset="default")
+        model = runner.load(cell)
+        runner.quantize(cell, model)
+        runner.save(cell, model)
+
+    return run
+
+
 def llm_compressor_program(regions: Regions) -> Callable[[Cell], None]:
     import run_llmcompressor
     from llmcompressor.modifiers.gptq import GPTQModifier, base
@@ -102,13 +115,7 @@ def llm_compressor_program(regions: Regions) -> Callable[[Cell], None]:
     regions.wrap(run_llmcompressor, "load", DISK)
     regions.wrap(run_llmcompressor, "save", DISK)
 
-    def run(cell: Cell) -> None:
-        cell = replace(cell, preset="default")
-        model = run_llmcompressor.load(cell)
-        run_llmcompressor.quantize(cell, model)
-        run_llmcompressor.save(cell, model)
-
-    return run
+    return at_its_defaults(run_llmcompressor)
 
 
 def gptqmodel_program(regions: Regions, cell: Cell) -> Callable[[Cell], None]:
@@ -125,13 +132,7 @@ def gptqmodel_program(regions: Regions, cell: Cell) -> Callable[[Cell], None]:
     regions.wrap(run_gptqmodel, "load", DISK)
     regions.wrap(run_gptqmodel, "save", DISK)
 
-    def run(cell: Cell) -> None:
-        cell = replace(cell, preset="default")
-        model = run_gptqmodel.load(cell)
-        run_gptqmodel.quantize(cell, model)
-        run_gptqmodel.save(cell, model)
-
-    return run
+    return at_its_defaults(run_gptqmodel)
 
 
 def copy_files(cell: Cell) -> None:
