@@ -24,19 +24,6 @@ if TYPE_CHECKING:
 _ROTARY: Final = "rope_freqs.weight"
 _EMBEDDING: Final = "token_embd.weight"
 _OUTPUT: Final = "output.weight"
-_KINDS: Final = {
-    "f32": "F32",
-    "f16": "F16",
-    "bf16": "BF16",
-    "q8_0": "Q8_0",
-    "q2_k": "Q2_K",
-    "q3_k": "Q3_K",
-    "q4_k": "Q4_K",
-    "q5_k": "Q5_K",
-    "q6_k": "Q6_K",
-}
-_BLOCK: Final = {"Q8_0": 32, "Q2_K": 256, "Q3_K": 256, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
-"""Weights that a type takes together, where it is more than one."""
 _HEAD: Final = "Q6_K"
 """Of the matrix that makes the logits, where a k-quant of fewer bits is asked for: as llama.cpp has it."""
 _PRECISE: Final = 1
@@ -57,18 +44,6 @@ _KNOWN_KEYS: Final = frozenset(
     }
 )
 """Entries of transformers' ``rope_parameters`` that are written, or have the only value that is accepted."""
-_BYTES: Final = {
-    "F32": 4.0,
-    "F16": 2.0,
-    "BF16": 2.0,
-    "Q8_0": 34 / 32,
-    "Q2_K": 84 / 256,
-    "Q3_K": 110 / 256,
-    "Q4_K": 144 / 256,
-    "Q5_K": 176 / 256,
-    "Q6_K": 210 / 256,
-}
-"""Of one weight."""
 
 
 @dataclass(frozen=True)
@@ -115,15 +90,16 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Of all tensors."""
-        from compress.formats.gguf import block_bytes
+        from compress.formats.gguf import block_bytes, block_of
 
-        total = 0.0
+        total = 0
         for entry in self.entries:
             if entry.layer is not None:
                 total += block_bytes(entry.layer.rows, entry.layer.columns, entry.layer.scheme)
             else:
-                total += math.prod(entry.shape) * _BYTES[entry.kind]
-        return int(total)
+                weights, size = block_of(entry.kind)
+                total += math.prod(entry.shape) // weights * size
+        return total
 
 
 def check(source: "Artifact", run: "Run", kind: str) -> Needs:
@@ -138,7 +114,7 @@ def plan(source: "Artifact", run: "Run", kind: str) -> Plan:
     Args:
         source: the artifact.
         run: the circumstances.
-        kind: of floats: ``auto`` or one of `_KINDS`.
+        kind: of floats: ``auto`` or one of the format's types in small letters.
 
     Raises:
         PlanError: the architecture, a layer or the tokenizer cannot be held, and why.
@@ -258,19 +234,22 @@ def _float_kind(found: Survey, ours: str, shape: tuple[int, ...], kind: str, *, 
     Raises:
         PlanError: the type takes more weights together than a row divides into.
     """
+    from compress.formats.gguf import block_of
+
     if len(shape) <= _PRECISE:
         return "F32"
     if kind == "auto":
         stored = str(found.checkpoint.dtype(ours)).removeprefix("torch.")
         return {"float16": "F16", "bfloat16": "BF16"}.get(stored, "F32")
-    chosen = _KINDS[kind]
+    chosen = kind.upper()
     if chosen.endswith("_K"):
         chosen = _HEAD if makes_logits else chosen
         # As llama.cpp does, a matrix whose rows no super-block divides goes to a type of smaller blocks.
-        chosen = chosen if shape[-1] % _BLOCK[chosen] == 0 else "Q8_0"
-    if shape[-1] % _BLOCK.get(chosen, 1):
+        chosen = chosen if shape[-1] % block_of(chosen)[0] == 0 else "Q8_0"
+    weights, _ = block_of(chosen)
+    if shape[-1] % weights:
         raise PlanError(
-            f"{ours} has {shape[-1]} columns, not a multiple of {chosen}'s blocks of {_BLOCK[chosen]}",
+            f"{ours} has {shape[-1]} columns, not a multiple of {chosen}'s blocks of {weights}",
             "export as f16 or bf16 (--type f16)",
         )
     return chosen

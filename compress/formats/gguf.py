@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 FILE: Final = "model.gguf"
 BLOCK: Final = 32
 BlockType = Literal["Q4_0", "Q4_1", "Q8_0"]
-_BLOCK_BYTES: Final[Mapping[BlockType, int]] = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 
 ARCHITECTURES: Final[Mapping[str, str]] = {
     "llama": "llama",
@@ -55,6 +54,14 @@ def require_package() -> None:
     """
     if find_spec("gguf") is None:
         raise EnvironmentFault("GGUF needs gguf, not installed here", "pip install 'compress-models[gguf]'")
+
+
+def block_of(kind: str) -> tuple[int, int]:
+    """How many weights a type takes together, and in how many bytes, by the format's own table."""
+    import gguf
+
+    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return int(weights), int(size)
 
 
 def block_type(scheme: Scheme) -> BlockType | None:
@@ -78,7 +85,7 @@ def obstacle(scheme: Scheme, columns: int) -> str | None:
 def block_bytes(rows: int, columns: int, scheme: Scheme) -> int:
     """Bytes of a matrix without `obstacle`."""
     kind = block_type(scheme)
-    return 0 if kind is None else rows * (columns // BLOCK) * _BLOCK_BYTES[kind]
+    return 0 if kind is None else rows * (columns // BLOCK) * block_of(kind)[1]
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,13 @@ one significance at a time; codes are stored without sign. Small integers of 6 b
 https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-common.h (``block_q2_K`` to ``block_q6_K``)
 """
 
-from typing import Final
-
 import torch
 
-from compress.numerics.k_quants import KINDS, SUPER_BLOCK, KQuant, SuperBlocks
-
-BYTES: Final[dict[KQuant, int]] = {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
-"""Of a super-block."""
+from compress.numerics.k_quants import KINDS, SUPER_BLOCK, SuperBlocks
 
 
 def packed(blocks: SuperBlocks) -> torch.Tensor:
-    """The bytes of super-blocks, uint8 ``[n, BYTES]``."""
+    """The bytes of super-blocks, uint8 ``[n, bytes]``."""
     kind = KINDS[blocks.kind]
     codes = (blocks.codes.to(torch.int16) - kind.first).to(torch.uint8).flatten(1)
     scale = _halves(blocks.scale)
