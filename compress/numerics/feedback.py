@@ -79,6 +79,7 @@ def solve(
     order: Order = "static",
     sweeps: int = 4,
     block: int = 128,
+    keep_zeros: bool = False,
 ) -> Solution:
     """Choose ranges, round with error feedback, refine: all that follows from a Hessian.
 
@@ -93,6 +94,7 @@ def solve(
         order: of the columns, `Hessian.factor`.
         sweeps: of `refine`.
         block: columns between two large updates.
+        keep_zeros: whether weights that are zero stay zero.
 
     Raises:
         CalibrationError: no data reached the layer, or its Hessian cannot be used.
@@ -103,13 +105,21 @@ def solve(
     weight[:, dead] = 0
     importance = ranges.importance(hessian, scheme, factor.damping)
     scale, zero = choose_scales(weight, scheme, storage, search=ranges.search, importance=importance)
-    rounded = round_with_feedback(weight, scale, zero, scheme, factor, block)
-    rounded = refine(weight, rounded, hessian, damping=factor.damping, sweeps=sweeps, block=block)
+    rounded = round_with_feedback(weight, scale, zero, scheme, factor, block, keep_zeros=keep_zeros)
+    rounded = refine(
+        weight,
+        rounded,
+        hessian,
+        damping=factor.damping,
+        sweeps=sweeps,
+        block=block,
+        keep_zeros=keep_zeros,
+    )
     return Solution(rounded, factor.damping, int(dead.sum()))
 
 
-def _working_rows(weight: torch.Tensor) -> Iterator[slice]:
-    """Rows that are worked on together; they do not depend on each other."""
+def working_rows(weight: torch.Tensor) -> Iterator[slice]:
+    """Rows of a matrix ``[rows, columns]`` that are worked on together, where none depends on another."""
     host = weight.device.type == "cpu"
     return row_chunks(weight, HOST_ROWS * weight.shape[1] if host else DEVICE_ELEMENTS)
 
@@ -150,6 +160,10 @@ class _Grid:
             levels.add_(self.zero[group])
         return levels.clamp_(self.lowest, self.highest)
 
+    def emptied(self, levels: torch.Tensor, held: torch.Tensor, group: int) -> torch.Tensor:
+        """Integers of one column, ``[rows]``, with those that are held, bool ``[rows]``, meaning zero."""
+        return levels.masked_fill_(held, 0) if self.zero is None else levels.where(~held, self.zero[group])
+
     def values(self, levels: torch.Tensor, group: int | torch.Tensor) -> torch.Tensor:
         """What a loader makes of the integers, rounded to the storage dtype.
 
@@ -167,6 +181,8 @@ def round_with_feedback(
     scheme: Scheme,
     factor: FeedbackFactor,
     block: int = 128,
+    *,
+    keep_zeros: bool = False,
 ) -> Quantized:
     """Round column after column, passing each column's error on to those that follow: GPTQ.
 
@@ -182,21 +198,26 @@ def round_with_feedback(
         factor: of the damped Hessian, `Hessian.factor`.
         block: columns between two updates of all later targets. It changes the speed, and the result
             only within rounding.
+        keep_zeros: whether weights that are zero stay zero, as those of a pruned matrix should: the error
+            that reaches them goes on to the columns after them.
     """
     q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     with full_precision():
-        for rows in _working_rows(weight):
+        for rows in working_rows(weight):
             grid = _Grid.of(scale, zero, scheme, weight.shape[1], rows)
-            q[rows] = _fed_back(weight[rows], grid, factor, block)
+            q[rows] = _fed_back(weight[rows], grid, factor, block, keep_zeros)
     return Quantized(q, scale, zero, scheme)
 
 
-def _fed_back(weight: torch.Tensor, grid: _Grid, factor: FeedbackFactor, block: int) -> torch.Tensor:
+def _fed_back(
+    weight: torch.Tensor, grid: _Grid, factor: FeedbackFactor, block: int, keep_zeros: bool
+) -> torch.Tensor:
     """The integers of some rows, int8 ``[rows, columns]``."""
     columns = weight.shape[1]
     groups = grid.columns_to_groups(factor.order)
     # Places that are done hold their errors, the others still their weights.
     state = weight.T[factor.order]
+    held = _zeros(state) if keep_zeros else None
     levels = torch.empty(state.shape, dtype=torch.int8, device=weight.device)
     for stop in range(columns, 0, -block):
         begin = max(0, stop - block)
@@ -206,11 +227,19 @@ def _fed_back(weight: torch.Tensor, grid: _Grid, factor: FeedbackFactor, block: 
             local, group = place - begin, groups[place]
             aim = torch.addmv(target[local], state[place + 1 : stop].T, inner[local, local + 1 :])
             chosen = grid.nearest(aim, group)
+            if held is not None:
+                chosen = grid.emptied(chosen, held[place], group)
             levels[place] = chosen
             state[place].sub_(grid.values(chosen, group))
     q = torch.empty_like(levels)
     q[factor.order] = levels
     return q.T
+
+
+def _zeros(matrix: torch.Tensor) -> torch.Tensor | None:
+    """Where a matrix is zero; ``None`` where it is nowhere, as in most models that were not pruned."""
+    zeros = matrix == 0
+    return zeros.contiguous() if bool(zeros.any()) else None
 
 
 def refine(
@@ -222,6 +251,7 @@ def refine(
     sweeps: int,
     scales: bool = True,
     block: int = 128,
+    keep_zeros: bool = False,
 ) -> Quantized:
     """Lower the error of a solution by coordinate descent over its scales and integers.
 
@@ -239,15 +269,17 @@ def refine(
         sweeps: passes over all columns; 0 returns ``start``.
         scales: whether scales are re-fitted too.
         block: columns that share one large product.
+        keep_zeros: whether integers of weights that are zero stay where they are.
     """
     if sweeps == 0:
         return start
     q, scale = torch.empty_like(start.q), torch.empty_like(start.scale)
     ridge = damping * hessian.mean_diagonal
     with full_precision():
-        for rows in _working_rows(weight):
+        for rows in working_rows(weight):
             grid = _Grid.of(start.scale, start.zero, start.scheme, start.columns, rows)
-            descent = _Descent(weight[rows], start.q[rows], grid, hessian.matrix, ridge)
+            held = _zeros(weight[rows].T) if keep_zeros else None
+            descent = _Descent(weight[rows], start.q[rows], grid, hessian.matrix, ridge, held)
             for _ in range(sweeps):
                 if scales:
                     descent.fit_scales()
@@ -260,13 +292,21 @@ def refine(
 class _Descent:
     """The state of a coordinate descent over some rows; all matrices are ``[columns, rows]``.
 
-    Integers are held in int8 and are floats only while some columns are worked on.
+    Integers are kept in int8 and are floats only while some columns are worked on. Those that are ``held``
+    do not move.
     """
 
     def __init__(
-        self, weight: torch.Tensor, q: torch.Tensor, grid: _Grid, hessian: torch.Tensor, ridge: float
+        self,
+        weight: torch.Tensor,
+        q: torch.Tensor,
+        grid: _Grid,
+        hessian: torch.Tensor,
+        ridge: float,
+        held: torch.Tensor | None,
     ) -> None:
         self.grid = grid
+        self._held = held
         self.levels = q.T.contiguous()
         self._hessian = hessian
         self._ridge = ridge
@@ -328,6 +368,8 @@ class _Descent:
                 change = value - self.grid.values(chosen, group)
                 # Whether the new value is nearer to the wish: |change + wish| < |wish|.
                 better = torch.add(change, wish, alpha=2).mul_(change) < 0
+                if self._held is not None:
+                    better &= ~self._held[begin + local]
                 torch.where(better, chosen, levels[local], out=levels[local])
                 torch.mul(change, better, out=moved[local])
             self.levels[part] = levels

@@ -38,11 +38,15 @@ class FeedbackFactor:
     Attributes:
         order: int64 ``[columns]``; the column at each place of the factor.
         unit: float32 ``[columns, columns]``, unit lower triangular.
+        pivots: float32 ``[columns]``, the diagonal between the two: what one unit of squared error costs that
+            enters at a place and that the places before it make up for as well as they can. It is one over
+            the last diagonal entry of the inverse for the places up to it.
         damping: what was added to the diagonal, relative to the mean of its live entries.
     """
 
     order: torch.Tensor
     unit: torch.Tensor
+    pivots: torch.Tensor
     damping: float
 
 
@@ -152,9 +156,9 @@ class Hessian(Statistic):
         places = self._places(order)
         attempt = damping
         while True:
-            unit = self._factorized(places, attempt)
-            if unit is not None:
-                factor = FeedbackFactor(places, unit, attempt)
+            found = self._factorized(places, attempt)
+            if found is not None:
+                factor = FeedbackFactor(places, *found, attempt)
                 self._factor = (damping, order, factor)
                 return factor
             if attempt >= _DAMPING_LIMIT:
@@ -171,8 +175,8 @@ class Hessian(Statistic):
             return torch.arange(self.columns - 1, -1, -1, device=self._sum.device)
         return torch.argsort(self.diagonal, descending=True, stable=True).flip(0)
 
-    def _factorized(self, places: torch.Tensor, damping: float) -> torch.Tensor | None:
-        """The unit lower factor, computed in place in one new matrix; ``None`` where there is none."""
+    def _factorized(self, places: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The unit lower factor, computed in place in one new matrix, and pivots; ``None`` without one."""
         matrix = self.matrix
         permuted = torch.empty_like(matrix)
         for rows in row_chunks(matrix):
@@ -187,4 +191,4 @@ class Hessian(Statistic):
         pivots = work.diagonal().clone()
         if int(failed) != 0 or not bool((torch.isfinite(pivots) & (pivots > 0)).all()):
             return None
-        return work.div_(pivots)
+        return work.div_(pivots), pivots.square()

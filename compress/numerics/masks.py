@@ -90,6 +90,15 @@ class PartImportance(Statistic):
         return self._squares.sqrt().cpu()
 
 
+def whole(count: int, share: float) -> int:
+    """A share of a number of things, rounded down to whole ones.
+
+    A share such as 0.29 of 100 is a hair below 29 in binary, and a quotient of two whole numbers gives the
+    upper one back.
+    """
+    return int(count * share + 1e-6)
+
+
 def row_mask(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     """The weights that stay when each row loses its lowest scores.
 
@@ -100,13 +109,33 @@ def row_mask(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     Returns:
         bool ``[rows, columns]``, true where a weight stays.
     """
-    # A share such as 0.29 of 100 columns is a hair below 29 in binary.
-    gone = int(scores.shape[1] * sparsity + 1e-9)
+    gone = whole(scores.shape[1], sparsity)
     mask = torch.ones_like(scores, dtype=torch.bool)
     if gone:
         lowest = torch.sort(scores, dim=1, stable=True).indices[:, :gone]
         mask.scatter_(1, lowest, False)
     return mask
+
+
+def lowest_mask(scores: torch.Tensor, gone: int) -> torch.Tensor:
+    """The entries that stay when the lowest of all are taken away.
+
+    Args:
+        scores: of any shape; none is NaN.
+        gone: how many go, at most all of them. Of equal scores those go first that come first, row after
+            row.
+
+    Returns:
+        bool of the same shape, true where an entry stays.
+    """
+    if gone == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    flat = scores.flatten()
+    bound = flat.kthvalue(gone).values
+    staying = flat >= bound
+    ties = (flat == bound).nonzero().squeeze(1)
+    staying[ties[: gone - int((~staying).sum())]] = False
+    return staying.view(scores.shape)
 
 
 def pattern_mask(scores: torch.Tensor, kept: int, of: int) -> torch.Tensor:

@@ -9,7 +9,9 @@ calibration text, where `quantize.rtn` minimises that of its weights. Beyond the
 - columns are rounded in order of decreasing importance while groups stay where they are, so that a
   reader needs no index of groups (`activation_order`);
 - scales and integers are refined afterwards by coordinate descent (`refinement`; the second stage of
-  arXiv 2602.02126, and QuantEase, arXiv 2309.01885).
+  arXiv 2602.02126, and QuantEase, arXiv 2309.01885);
+- weights that pruning has set to zero stay zero, and the errors that would have moved them are made up for
+  by the others (`keep_zeros`; section 3.5 of SparseGPT, arXiv 2301.00774, joins the two likewise).
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal, final
@@ -69,6 +71,9 @@ class Gptq(Rounder):
         le=100,
         description="sweeps of coordinate descent over scales and integers after rounding; 0 is plain GPTQ",
     )
+    keep_zeros: bool = Field(
+        default=True, description="weights that are exactly zero, as pruning leaves them, stay zero"
+    )
     block_size: int = Field(
         default=128, ge=1, description="columns between two large updates; changes speed and memory only"
     )
@@ -116,6 +121,7 @@ class Gptq(Rounder):
             order=self.activation_order,
             sweeps=self.refinement,
             block=self.block_size,
+            keep_zeros=self.keep_zeros,
         )
         notes = {
             "damping": solution.damping,

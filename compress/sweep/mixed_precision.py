@@ -72,7 +72,9 @@ class MixedPrecision:
             unlike = {_pattern(plain[:1]): self._candidates[0]}
             self._rounder(self._candidates[-1], unlike).check(self._source, self._run)
         self._require_room(checkpoint, selection)
-        return predict_whole(needs, selection, model, checkpoint, self._measuring, len(self._candidates))
+        return predict_whole(
+            needs, selection.schemes, model, checkpoint, self._measuring, len(self._candidates)
+        )
 
     def apply(self, target: Path) -> Outcome:
         """Measure, choose, round.

@@ -91,13 +91,36 @@ def _joint_bytes(rounder: BlockRounder, selection: Selection, tokens: int, compu
 
 
 def predict_masking(
-    matrices: Iterable[Matrix], blocks: Iterable[Block], model: Any, checkpoint: Checkpoint, run: Run
+    matrices: Iterable[Matrix],
+    blocks: Iterable[Block],
+    model: Any,
+    checkpoint: Checkpoint,
+    run: Run,
+    *,
+    passes: float = 2.0,
+    products: int = 0,
 ) -> Needs:
-    """What a sweep takes that keeps every shape: the source's bytes again, and two passes over the text."""
+    """What a sweep takes that keeps every shape: the source's bytes again, and passes over the text.
+
+    Args:
+        passes: over the text.
+        products: how often a matrix is multiplied with the second moments of its input; 0 where they are not
+            gathered.
+    """
     entries = list(matrices)
     disk = sum(_bytes(checkpoint, name) for name in checkpoint.names)
-    sorting = 4 * 4 * max((matrix.rows * matrix.columns for matrix in entries), default=0)
-    return _dense(disk, sorting, 2.0, blocks, model, checkpoint, run)
+    extra = 4 * 4 * max((matrix.rows * matrix.columns for matrix in entries), default=0)
+    if not products:
+        return _dense(disk, extra, passes, blocks, model, checkpoint, run)
+    extra += 4 * 4 * max(matrix.columns for matrix in entries) ** 2
+    needs = _dense(disk, extra, passes, blocks, model, checkpoint, run)
+    calibration = run.calibration
+    tokens = 0 if calibration is None else calibration.samples * calibration.sequence_length
+    # The moments themselves, their factor, and what is done with them.
+    operations = sum(
+        2 * matrix.columns**2 * (tokens + matrix.columns + products * matrix.rows) for matrix in entries
+    )
+    return replace(needs, seconds=needs.seconds + operations / rate(torch.device(run.device)))
 
 
 def predict_rewriting(
@@ -130,12 +153,13 @@ def predict_narrowing(
 
 
 def predict_whole(
-    needs: Needs, selection: Selection, model: Any, checkpoint: Checkpoint, run: Run, choices: int
+    needs: Needs, matrices: Iterable[Matrix], model: Any, checkpoint: Checkpoint, run: Run, choices: int
 ) -> Needs:
     """What a sweep takes before which the whole model runs again and again, once for each part and choice.
 
     Args:
         needs: of the sweep.
+        matrices: that are tried.
         run: with the calibration text of these runs.
         choices: how often a part is tried.
     """
@@ -143,9 +167,10 @@ def predict_whole(
     whole = compute * sum(parameter.numel() for parameter in model.parameters())
     calibration = run.calibration
     tokens = 0 if calibration is None else calibration.samples * calibration.sequence_length
-    body = sum(matrix.rows * matrix.columns for matrix in selection.schemes)
+    entries = list(matrices)
+    body = sum(matrix.rows * matrix.columns for matrix in entries)
     # Three parts of four matrices share an input with another; a part is followed by half of the blocks.
-    parts = len({(m.module, m.parameter) for m in selection.schemes}) / 2
+    parts = len({(matrix.module, matrix.parameter) for matrix in entries}) / 2
     seconds = parts * choices * tokens * body / rate(torch.device(run.device))
     on_host = run.device == "cpu"
     return Needs(

@@ -1,9 +1,11 @@
-"""How much a model's output changes when one part of it alone is rounded, for each part and number of bits.
+"""How much a model's output changes when one part of it alone is compressed, for each part and degree.
 
-A *part* is what gets the same number of bits: the matrices of a block that read one input (query, key and
-value; gate and up), which servers fuse into one, and all experts of a model, which readers unpack with one
-scheme. Each is rounded to nearest on the grid of least squared error, the output distribution is compared
-with that of the untouched model (Kullback-Leibler divergence in nats a position), and the part is put back.
+A *part* is what is treated alike: the matrices of a block that read one input (query, key and value; gate and
+up), which servers fuse into one, and the experts of a block. Each is changed as a *trial* says, to each of
+several degrees; the output distribution is compared with that of the untouched model (Kullback-Leibler
+divergence in nats a position), and the part is put back. Rounding is the trial of this file: to nearest on
+the grid of least squared error, with a number of bits for a degree.
+
 Losses of several parts nearly add up while they are small, so they show where bits are worth most (Dong et
 al. 2019, "HAWQ", arXiv 1905.03696, where curvature stands for what is measured here).
 
@@ -13,10 +15,11 @@ measurement, so the whole model is in memory, in the precision in which blocks a
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, final
 
 import torch
 
@@ -30,8 +33,9 @@ from compress.models.load import loaded_dtype
 from compress.models.tasks import FeatureExtraction, Task, resolve
 from compress.numerics.affine import ClipSearch, round_to_nearest
 from compress.numerics.divergence import imitation
+from compress.numerics.statistic import Statistic
 from compress.sweep.activations import Activations
-from compress.sweep.collector import Collector
+from compress.sweep.gathering import gathered
 from compress.sweep.matrices import Matrix
 from compress.sweep.selection import Selection
 from compress.sweep.walk import Walk
@@ -45,14 +49,15 @@ text so that they fit."""
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What rounding one part alone does.
+    """What compressing one part alone does.
 
     Attributes:
         part: names of its matrices.
         tie: parts with the same tie get the same number of bits; the name of the part itself, or what all
-            experts share.
+            experts share, because readers unpack them with one scheme.
         weights: how many weights it has.
-        divergence: by number of bits, nats a position between the model as it was and with the part rounded.
+        divergence: by degree (a number of bits), nats a position between the model as it was and with the
+            part changed.
     """
 
     part: tuple[str, ...]
@@ -80,7 +85,61 @@ def measure(
         CalibrationError: the model's output on the text is not finite.
         PlanError: matrices outside the blocks were selected, or the run has no calibration text.
     """
-    return _Measurement(source, model, checkpoint, selection, bits, run).all()
+    if selection.beyond:
+        named = ", ".join(matrix.name for matrix in selection.beyond)
+        raise PlanError(f"only parts inside the blocks are measured, got {named}", "do not include them")
+    trial = _Rounding(bits, selection.schemes, loaded_dtype(source))
+    inside = {position: tuple(schemes) for position, schemes in selection.inside.items()}
+    return measure_trial(source, model, checkpoint, inside, trial, run)
+
+
+class Trial(ABC):
+    """What is done to one part alone, to several degrees.
+
+    Args:
+        degrees: whole numbers, by which the divergences are known.
+    """
+
+    def __init__(self, degrees: Sequence[int]) -> None:
+        self.degrees = tuple(sorted(set(degrees)))
+
+    @property
+    @abstractmethod
+    def statistic(self) -> Callable[[int], Statistic] | None:
+        """Makes an accumulator for an input of so many columns; ``None`` where inputs are not looked at."""
+
+    @abstractmethod
+    def changed(
+        self, matrix: Matrix, weight: torch.Tensor, statistic: Statistic | None, degree: int
+    ) -> torch.Tensor:
+        """Another matrix in the place of one, ``[rows, columns]``, which is not to be overwritten."""
+
+
+def measure_trial(
+    source: Artifact,
+    model: Any,
+    checkpoint: Checkpoint,
+    inside: Mapping[int, Sequence[Matrix]],
+    trial: Trial,
+    run: Run,
+) -> list[Sensitivity]:
+    """Change every part alone, to each degree, and compare the model's output.
+
+    Finished parts are kept in ``run.scratch`` and not measured again.
+
+    Args:
+        source: the artifact that is read.
+        model: a skeleton of its model, in the precision in which it is to be computed.
+        checkpoint: of the source beside the skeleton.
+        inside: matrices by the position of their block.
+        trial: what is done to them.
+        run: with calibration text.
+
+    Raises:
+        CalibrationError: the model's output on the text is not finite.
+        PlanError: the run has no calibration text, or the task has no output distribution.
+    """
+    return _Measurement(source, model, checkpoint, inside, trial, run).all()
 
 
 def require_distribution(task: Task) -> None:
@@ -92,8 +151,32 @@ def require_distribution(task: Task) -> None:
     if isinstance(task, FeatureExtraction):
         raise PlanError(
             f"sensitivity is a divergence of output distributions, and a model for {task.name} has none",
-            "measure the model with the head of its task (--task), or round it uniformly",
+            "measure the model with the head of its task (--task), or treat all layers alike",
         )
+
+
+_Part = tuple[tuple[Matrix, Statistic | None], ...]
+"""Matrices that are changed together, each with the statistic of its input."""
+
+
+@final
+class _Rounding(Trial):
+    """Rounding to nearest; degrees are numbers of bits."""
+
+    def __init__(self, bits: Sequence[int], schemes: Mapping[Matrix, Scheme], storage: torch.dtype) -> None:
+        super().__init__(bits)
+        self._schemes, self._storage = schemes, storage
+
+    @property
+    def statistic(self) -> None:
+        return None
+
+    def changed(
+        self, matrix: Matrix, weight: torch.Tensor, statistic: Statistic | None, degree: int
+    ) -> torch.Tensor:
+        scheme = replace(self._schemes[matrix], bits=degree)
+        made = round_to_nearest(weight.float(), scheme, self._storage, search=ClipSearch())
+        return made.dequantize().to(weight.dtype)
 
 
 class _Measurement:
@@ -104,15 +187,14 @@ class _Measurement:
         source: Artifact,
         model: Any,
         checkpoint: Checkpoint,
-        selection: Selection,
-        bits: Sequence[int],
+        inside: Mapping[int, Sequence[Matrix]],
+        trial: Trial,
         run: Run,
     ) -> None:
-        self.model, self.checkpoint, self.selection = model, checkpoint, selection
-        self.bits, self.run = sorted(set(bits)), run
+        self.model, self.checkpoint, self.inside = model, checkpoint, inside
+        self.trial, self.run = trial, run
         self.device = torch.device(run.device)
         self.task = resolve(run.task, source.config)
-        self.storage = loaded_dtype(source)
         self.walk = Walk(source, run.scratch, run, model, checkpoint, self.device)
         self.file = run.scratch / "sensitivity.jsonl"
 
@@ -120,9 +202,6 @@ class _Measurement:
         activations = self.walk.calibration()
         if activations is None:
             raise PlanError("sensitivity is measured on calibration text", "give --calibration TEXT")
-        if self.selection.beyond:
-            named = ", ".join(matrix.name for matrix in self.selection.beyond)
-            raise PlanError(f"only parts inside the blocks are measured, got {named}", "do not include them")
         require_distribution(self.task)
         self.walk.begin()
         done = _read(self.file)
@@ -139,9 +218,9 @@ class _Measurement:
             wanted = self._outputs(reentry, 0, activations)
             for block in self.walk.blocks:
                 for part in self._parts(block, reentry, activations):
-                    names = tuple(matrix.name for matrix in part)
+                    names = tuple(matrix.name for matrix, _ in part)
                     known = done.get(names)
-                    if known is None or set(known.divergence) != set(self.bits):
+                    if known is None or set(known.divergence) != set(self.trial.degrees):
                         known = self._measured(part, block, reentry, activations, wanted)
                         self._keep(known)
                     found.append(known)
@@ -151,22 +230,17 @@ class _Measurement:
         self.checkpoint.release("")
         return found
 
-    def _parts(
-        self, block: Block, reentry: Reentry, activations: Activations
-    ) -> Iterator[tuple[Matrix, ...]]:
+    def _parts(self, block: Block, reentry: Reentry, activations: Activations) -> Iterator[_Part]:
         """The matrices of a block that share an input, and its experts together."""
-        schemes = self.selection.inside[block.position]
-        if not schemes:
+        matrices = self.inside.get(block.position, ())
+        if not matrices:
             return
-        collector = Collector(self.model, list(schemes))
-        stages = collector.discover(
-            lambda: reentry.run(block.position, activations.batches[0], activations.recordings[0])
-        )
-        experts: list[Matrix] = []
-        for stage in stages:
+        experts: list[tuple[Matrix, Statistic | None]] = []
+        for stage in gathered(self.model, list(matrices), block, reentry, activations, self.trial.statistic):
             for shared in stage:
-                experts += [matrix for matrix in shared.matrices if matrix.expert is not None]
-                plain = tuple(matrix for matrix in shared.matrices if matrix.expert is None)
+                entries = [(matrix, shared.statistic) for matrix in shared.matrices]
+                experts += [entry for entry in entries if entry[0].expert is not None]
+                plain = tuple(entry for entry in entries if entry[0].expert is None)
                 if plain:
                     yield plain
         if experts:
@@ -174,31 +248,27 @@ class _Measurement:
 
     def _measured(
         self,
-        part: Sequence[Matrix],
+        part: _Part,
         block: Block,
         reentry: Reentry,
         activations: Activations,
         wanted: Sequence[torch.Tensor],
     ) -> Sensitivity:
-        schemes = self.selection.inside[block.position]
-        views = [matrix.of(self.model.get_parameter(matrix.parameter)).detach() for matrix in part]
+        matrices = [matrix for matrix, _ in part]
+        views = [matrix.of(self.model.get_parameter(matrix.parameter)).detach() for matrix in matrices]
         kept = [view.clone() for view in views]
+        first = matrices[0]
         divergence = {}
-        for bits in self.bits:
-            for matrix, view, original in zip(part, views, kept, strict=True):
-                view.copy_(self._rounded(original, replace(schemes[matrix], bits=bits)))
+        for degree in self.trial.degrees:
+            for (matrix, statistic), view, original in zip(part, views, kept, strict=True):
+                view.copy_(self.trial.changed(matrix, original, statistic, degree))
             outputs = self._outputs(reentry, block.position, activations)
-            divergence[bits] = _divergence(outputs, wanted, part[0].name)
+            divergence[degree] = _divergence(outputs, wanted, first.name)
         for view, original in zip(views, kept, strict=True):
             view.copy_(original)
-        first = part[0]
         tie = EXPERTS if first.expert is not None else first.name
-        weights = sum(matrix.rows * matrix.columns for matrix in part)
-        return Sensitivity(tuple(matrix.name for matrix in part), tie, weights, divergence)
-
-    def _rounded(self, weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-        made = round_to_nearest(weight.float(), scheme, self.storage, search=ClipSearch())
-        return made.dequantize().to(weight.dtype)
+        weights = sum(matrix.rows * matrix.columns for matrix in matrices)
+        return Sensitivity(tuple(matrix.name for matrix in matrices), tie, weights, divergence)
 
     def _outputs(self, reentry: Reentry, position: int, activations: Activations) -> list[torch.Tensor]:
         """What the model says from a block on, ``[positions, classes]`` of each batch."""
@@ -226,7 +296,7 @@ def _divergence(outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor],
     mean = total / count
     if not math.isfinite(mean):
         raise CalibrationError(
-            f"the model's output is not finite with {name} rounded", "leave it in floats with --ignore"
+            f"the model's output is not finite with {name} changed", "leave it as it is with --ignore"
         )
     return mean
 

@@ -1,6 +1,10 @@
 """How many weights of a matrix become zero, and in which pattern. Nothing here imports torch."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Among = Literal["row", "matrix"]
+"""Which weights are compared with each other where no pattern says it."""
 
 
 @dataclass(frozen=True)
@@ -28,30 +32,19 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Zeros:
-    """How much of each row goes: a share, or what a pattern leaves out.
+    """How much of a matrix goes: a share, or what a pattern leaves out.
 
     Attributes:
-        sparsity: share of the weights, rounded down to whole ones; not looked at beside a pattern.
+        sparsity: share of the weights, rounded down to whole ones; that of the pattern where there is one.
         pattern: weights that stay in each run of neighbours.
+        among: what the share is of: of each row, or of the matrix as a whole.
     """
 
     sparsity: float
     pattern: Pattern | None = None
+    among: Among = "row"
 
     def __str__(self) -> str:
-        return f"{self.sparsity:.6g} of each row" if self.pattern is None else str(self.pattern)
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What a pass was asked to prune.
-
-    Attributes:
-        zeros: how much of it.
-        ignore: patterns of modules to leave whole.
-        include: patterns of linear layers outside the blocks to prune too.
-    """
-
-    zeros: Zeros
-    ignore: tuple[str, ...]
-    include: tuple[str, ...]
+        if self.pattern is not None:
+            return str(self.pattern)
+        return f"{self.sparsity:.6g} of {'each row' if self.among == 'row' else 'the matrix'}"

@@ -298,3 +298,43 @@ def test_wide_groups_are_searched_with_the_diagonal_alone(monkeypatch: pytest.Mo
     assert wide is not None
     assert torch.equal(narrow, hessian.blocks(16, 0.05))
     assert torch.equal(wide, hessian.diagonal)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_zeros_are_kept_and_the_others_make_up_for_it(scheme: Scheme) -> None:
+    kept, nearest = 0.0, 0.0
+    for seed in range(3):
+        weight, hessian = _problem(seed)
+        weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.5] = 0
+        scale, zero = choose_scales(weight, scheme, torch.float32)
+        factor = hessian.factor(0.02, "static")
+        fed = round_with_feedback(weight, scale, zero, scheme, factor, 5, keep_zeros=True)
+        fed.check_values()
+        assert bool((fed.dequantize()[weight == 0] == 0).all())
+        refined = refine(weight, fed, hessian, damping=0.02, sweeps=3, block=5, keep_zeros=True)
+        refined.check_values()
+        assert bool((refined.dequantize()[weight == 0] == 0).all())
+        assert output_error(weight, refined, hessian) <= output_error(weight, fed, hessian) * (1 + 1e-2)
+        kept += output_error(weight, refined, hessian)
+        nearest += output_error(weight, round_to_nearest(weight, scheme, torch.float32), hessian)
+        free = round_with_feedback(weight, scale, zero, scheme, factor, 5)
+        assert bool((free.dequantize()[weight == 0] != 0).any())
+    assert kept < nearest
+
+
+def test_nothing_changes_where_there_are_no_zeros_to_keep() -> None:
+    weight, hessian = _problem()
+    plain, keeping = (
+        solve(
+            weight.clone(),
+            hessian,
+            Scheme(3, 8),
+            torch.bfloat16,
+            ranges=Ranges(),
+            damping=0.1,
+            keep_zeros=keep,
+        ).quantized
+        for keep in (False, True)
+    )
+    assert torch.equal(plain.q, keeping.q)
+    assert torch.equal(plain.scale, keeping.scale)

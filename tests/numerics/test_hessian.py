@@ -70,6 +70,10 @@ def test_the_factor_is_the_unit_triangular_one_of_the_damped_matrix(order: Order
     assert torch.equal(unit.diagonal(), torch.ones(16, dtype=torch.float64))
     pivots = torch.linalg.cholesky(arranged).diagonal().square()
     assert torch.allclose((unit * pivots) @ unit.T, arranged, rtol=1e-4, atol=1e-4 * arranged.max())
+    assert torch.allclose(factor.pivots.double(), pivots, rtol=1e-4)
+    for place in (0, 5, 15):
+        inverse = torch.linalg.inv(arranged[: place + 1, : place + 1])
+        assert float(factor.pivots[place] * inverse[place, place]) == pytest.approx(1, rel=1e-4)
     assert factor.damping == 0.05
 
 

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from compress.core.errors import CalibrationError
-from compress.numerics.masks import ColumnNorms, PartImportance, pattern_mask, row_mask, strongest
+from compress.numerics.masks import (
+    ColumnNorms,
+    PartImportance,
+    lowest_mask,
+    pattern_mask,
+    row_mask,
+    strongest,
+    whole,
+)
 
 
 def _rows(tokens: int = 40, columns: int = 12) -> torch.Tensor:
@@ -94,3 +102,24 @@ def test_ties_are_broken_by_the_index() -> None:
     assert pattern_mask(same, 2, 4).tolist() == [[False, False, True, True] * 2] * 2
     assert strongest(torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0]), 2).tolist() == [1, 2]
     assert strongest(torch.ones(5), 3).tolist() == [0, 1, 2]
+    assert lowest_mask(torch.ones(2, 3), 4).tolist() == [[False] * 3, [False, True, True]]
+    scores = torch.tensor([[2.0, 1.0], [1.0, 1.0]])
+    assert lowest_mask(scores, 2).tolist() == [[True, False], [False, True]]
+
+
+@pytest.mark.parametrize("gone", [0, 1, 29, 60])
+def test_a_whole_matrix_loses_its_lowest_scores_wherever_they_are(gone: int) -> None:
+    scores = _rows(5, 12).abs()
+    mask = lowest_mask(scores, gone)
+    assert int((~mask).sum()) == gone
+    expected = torch.ones(60, dtype=torch.bool)
+    expected[scores.flatten().sort().indices[:gone]] = False
+    assert torch.equal(mask, expected.view(5, 12))
+
+
+@pytest.mark.parametrize("count", [3, 100, 4096 * 14336, 10**9 + 7])
+def test_shares_that_were_counted_give_their_counts_back(count: int) -> None:
+    for part in (1, 2, count // 3, count // 2 + 1, count - 1):
+        assert whole(count, part / count) == part
+    assert whole(100, 0.29) == 29
+    assert whole(10, 0.299) == 2

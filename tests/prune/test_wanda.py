@@ -207,6 +207,32 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], said: str)
         build("prune.wanda", options)
 
 
+@pytest.mark.parametrize("ratios", ["outliers", "sensitivity"])
+def test_shares_may_differ_from_layer_to_layer(ratios: str, tmp_path: Path) -> None:
+    source = models_zoo.write("llama", tmp_path)
+    more = {"outlier_factor": 2.0} if ratios == "outliers" else {"measured_samples": 4}
+    out = prune(source, tmp_path / "out", sparsity=0.5, ratios=ratios, spread=0.25, **more)
+    said = decisions(out)
+    schemes = {row["scheme"] for row in said["layers"].values()}
+    assert len(schemes) > 1
+    after = tensors(out.path)
+    for name, row in said["layers"].items():
+        share, _, words = row["scheme"].partition(" ")
+        assert words == "of each row"
+        rows = after[f"{name}.weight"]
+        for zeros in (rows == 0).sum(1).tolist():
+            # Rounded down to whole weights; shares have more digits than the words show.
+            assert -1.001 < zeros - rows.shape[1] * float(share) < 0.001
+    shares = said["ratios"]
+    if ratios == "outliers":
+        assert list(shares) == [f"model.layers.{number}" for number in range(3)]
+        assert sum(entry["sparsity"] for entry in shares.values()) / 3 == pytest.approx(0.5, abs=1e-5)
+        assert 0.46 < said["sparsity"] <= 0.5
+    else:
+        assert len(shares) == 3 * 4
+        assert {entry["sparsity"] for entry in shares.values()} <= {0.25, 0.375, 0.5, 0.625, 0.75}
+
+
 def test_a_run_that_is_killed_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     source = models_zoo.write("llama", tmp_path)
     whole = prune(source, tmp_path / "whole")

@@ -109,6 +109,23 @@ def test_a_dead_column_gets_zeros_and_is_counted() -> None:
     assert bool((rounded.quantized.dequantize()[:, [5, 40]] == 0).all())
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("order", ["static", "none"])
+def test_zeros_of_a_pruned_matrix_stay_zero(symmetric: bool, order: str) -> None:
+    pruned = torch.rand(ROWS, COLUMNS, generator=torch.Generator().manual_seed(7)) < 0.5
+    options = {"bits": 4, "group_size": 16, "symmetric": symmetric, "activation_order": order}
+    kept, free = (
+        Gptq(**options, keep_zeros=keep).round(
+            _weight().masked_fill(pruned, 0), _hessian(), Scheme(4, 16, symmetric), torch.bfloat16
+        )
+        for keep in (True, False)
+    )
+    assert bool((kept.quantized.dequantize()[pruned] == 0).all())
+    assert bool((free.quantized.dequantize()[pruned] != 0).any())
+    nearest = round_to_nearest(_weight().masked_fill(pruned, 0), Scheme(4, 16, symmetric), torch.bfloat16)
+    assert kept.notes["output_error"] < output_error(_weight().masked_fill(pruned, 0), nearest, _hessian())
+
+
 def test_damping_recovers_and_is_recorded() -> None:
     hessian = Hessian(COLUMNS)
     hessian.add(_inputs(tokens=4))
