@@ -1,0 +1,96 @@
+"""Writing the shard of a unit whose tensors lose rows, take another name, or stay as they are.
+
+What stays is the same to the bit: values are taken from the tensors as they lie on disk and never pass
+through an arithmetic.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from compress.core.passes import Meant
+from compress.formats.shards import shard_name, write_shard
+from compress.models.load import loaded_dtype
+from compress.numerics.fingerprint import fingerprint
+from compress.sweep.narrow_cuts import Cut
+from compress.sweep.unit import UnitRecord
+from compress.sweep.walk import Walk
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where one tensor of the result comes from.
+
+    Attributes:
+        source: its name on disk in the source.
+        places: for each dimension that is cut, what stays, int64 in order.
+        moved: whether it is, or may be, another tensor than the one that had its name.
+    """
+
+    source: str
+    places: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    moved: bool = False
+
+    @property
+    def changed(self) -> bool:
+        """Whether the result holds other values under this name than the source."""
+        return self.moved or bool(self.places)
+
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what stays."""
+        kept = {dimension: len(places) for dimension, places in self.places.items()}
+        return tuple(kept.get(dimension, size) for dimension, size in enumerate(before))
+
+
+def as_they_are(names: list[str]) -> dict[str, Piece]:
+    """Tensors that stay, by their names on disk."""
+    return {name: Piece(name) for name in names}
+
+
+def write_pieces(
+    walk: Walk, position: int, pieces: Mapping[str, Piece], layers: list[dict[str, Any]]
+) -> UnitRecord:
+    """Write one shard.
+
+    Args:
+        position: of the unit.
+        pieces: by the names that they get on disk.
+        layers: rows for the table of layers.
+    """
+    checkpoint, run = walk.checkpoint, walk.run
+    file = shard_name(position, len(walk.blocks) + 1)
+    loaded = loaded_dtype(walk.source)
+    layout = {
+        name: (checkpoint.dtype(piece.source), piece.shape(checkpoint.shape(piece.source)))
+        for name, piece in pieces.items()
+    }
+    meant: dict[str, Meant] = {}
+
+    def bring(name: str) -> torch.Tensor:
+        piece = pieces[name]
+        tensor = checkpoint.tensor(piece.source)
+        if not piece.changed:
+            meant[name] = Meant(fingerprint(tensor), False)
+            return tensor
+        before = _squares(tensor) if piece.places else 0.0
+        if piece.places:
+            tensor = Cut(name, piece.places).of(tensor)
+        lost = max(0.0, before - _squares(tensor)) if before else 0.0
+        # A loader sees the values in the precision that the configuration names.
+        error = (lost / before) ** 0.5 if before else 0.0
+        meant[name] = Meant(fingerprint(tensor.to(loaded)), True, error)
+        return tensor
+
+    size = write_shard(
+        walk.target / file,
+        layout,
+        bring,
+        lambda name: run.reporter.event("shard.tensor", file=file, tensor=name),
+    )
+    return UnitRecord(file, sorted(layout), size, dict(sorted(meant.items())), layers)
+
+
+def _squares(tensor: torch.Tensor) -> float:
+    return float(tensor.float().square().sum(dtype=torch.float64))
