@@ -1,4 +1,4 @@
-"""The narrower model beside the wide one: the same parts outside the blocks, and one block at a time."""
+"""The smaller model beside the wide one: the same parts outside the blocks, and one block at a time."""
 
 from collections.abc import Mapping
 from typing import Any, final
@@ -16,7 +16,7 @@ class NarrowModel:
     """Runs single blocks of the model that a configuration describes.
 
     Args:
-        config: of the narrower model.
+        config: of the smaller model, narrower or with fewer blocks.
         walk: the wide model, whose parts outside the blocks are loaded; they are shared, not copied.
         compute: precision of the blocks.
     """
@@ -25,7 +25,8 @@ class NarrowModel:
         self._model = model_of(walk.source, config, walk.run, compute)
         self._blocks = find_blocks(self._model)
         self._device = walk.device
-        inside = tuple(f"{block.name}." for block in self._blocks)
+        # Of the wide model: where blocks were taken out it has more of them.
+        inside = tuple(f"{block.name}." for block in walk.blocks)
         for name, parameter in walk.model.named_parameters(remove_duplicate=False):
             if not name.startswith(inside):
                 _put(self._model, name, parameter)

@@ -7,8 +7,12 @@ block and through the block as it was with the cut columns at zero: both must sa
 
 The importance is that of the model as it was: every block sees what it saw before anything was cut. One
 pass over the text is enough then, and no block is judged by the damage of another (Minitron, section 2.2).
+
+A repair fits the layers in front of which something went to their outputs before
+(`compress.sweep.narrow_repair`). It changes values after the comparison, which is about the cut alone.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,14 +45,19 @@ from compress.sweep.narrow_cuts import (
 )
 from compress.sweep.narrow_model import NarrowModel
 from compress.sweep.narrow_plan import Asked, NarrowPlan, plan_narrowing, reduction
+from compress.sweep.narrow_repair import ReaderInputs, Repaired, repaired, with_repair
 from compress.sweep.prediction import predict_narrowing
 from compress.sweep.rewriting import agree
+from compress.sweep.scarcity import scarce, warning
 from compress.sweep.unit import UnitRecord
 from compress.sweep.walk import OUTSIDE, Walk, decided, placed_skeleton
 
 
-def check(asked: Asked, source: Artifact, run: Run) -> Needs:
+def check(asked: Asked, source: Artifact, run: Run, *, repair: bool = False) -> Needs:
     """Settle what would be cut, refuse what cannot be, and predict the work.
+
+    Args:
+        repair: whether layers are fitted again to what their inputs lost.
 
     Raises:
         PlanError: nothing can be cut, a tensor on disk cannot be cut, or calibration text is missing.
@@ -59,14 +68,21 @@ def check(asked: Asked, source: Artifact, run: Run) -> Needs:
     model = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
     checkpoint = Checkpoint(source, model)
     check_on_disk(plan.shapes, model, checkpoint)
-    return predict_narrowing(plan.shapes, find_blocks(model), model, checkpoint, run)
+    needs = predict_narrowing(plan.shapes, find_blocks(model), model, checkpoint, run)
+    if not repair:
+        return needs
+    return with_repair(needs, (entry.reader for entry in plan.channels), model, run)
 
 
-def narrow(asked: Asked, source: Artifact, target: Path, run: Run) -> Outcome:
+def narrow(asked: Asked, source: Artifact, target: Path, run: Run, *, repair: bool = False) -> Outcome:
     """Cut the least important channels and heads out of every block.
 
     Blocks are computed in float32 on a CPU and in the model's own precision on a GPU; tensors are written
     in the precision that they have on disk.
+
+    Args:
+        target: the folder that is written; it may hold earlier progress.
+        repair: whether layers are fitted again to what their inputs lost.
 
     Raises:
         CalibrationError: no data reached a layer, or its inputs are not finite.
@@ -81,7 +97,7 @@ def narrow(asked: Asked, source: Artifact, target: Path, run: Run) -> Outcome:
     check_on_disk(plan.shapes, model, checkpoint)
     walk = Walk(source, target, run, model, checkpoint, device)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    outcome = _Narrowing(walk, plan, model.dtype).apply()
+    outcome = _Narrowing(walk, plan, model.dtype, repair).apply()
     before, after = reduction(shapes, plan.shapes)
     changed = {
         name: value for name, value in plan.config.items() if source.config.get(name, _ABSENT) != value
@@ -122,11 +138,13 @@ class _Narrowing:
         walk: the wide model on its way.
         plan: what goes.
         compute: precision of the blocks.
+        repair: whether layers are fitted again.
     """
 
     walk: Walk
     plan: NarrowPlan
     compute: torch.dtype
+    repair: bool
     _small: NarrowModel | None = field(default=None, init=False)
 
     def apply(self) -> Outcome:
@@ -143,6 +161,8 @@ class _Narrowing:
                 title, lambda block: self._block(block, activations, reentry), self._outside
             )
         walk.complete(records, self.plan.config)
+        if self.repair:
+            _warn(walk.run, [row for record in records for row in record.layers])
         return self._outcome(records)
 
     def _outcome(self, records: Sequence[UnitRecord]) -> Outcome:
@@ -164,7 +184,9 @@ class _Narrowing:
         event("block.calibrate", block=block.name, position=block.position)
         # What the check needs is held before the recordings go on to the output of this block.
         first = activations.recordings[0].held()
-        gathered = self._gather(block, members, activations, reentry)
+        read = {entry.reader: ReaderInputs(walk, entry.reader) for entry in members} if self.repair else {}
+        gathered = self._gather(block, members, activations, reentry, read)
+        made: dict[str, Repaired] = {}
         cuts: dict[str, Cut] = {}
         zeroed: dict[str, torch.Tensor] = {}
         layers: list[dict[str, Any]] = []
@@ -172,6 +194,9 @@ class _Narrowing:
             event("layer.solve", layer=entry.reader)
             kept, row = self._chosen(entry, gathered[entry.reader])
             layers.append(row)
+            if self.repair:
+                made[entry.reader] = repaired(walk, entry.reader, kept.columns, read.pop(entry.reader))
+                row |= made[entry.reader].row
             zeroed[entry.reader] = complement(
                 kept.columns, input_features(walk.model.get_submodule(entry.reader))
             )
@@ -182,7 +207,7 @@ class _Narrowing:
             event("block.compare", block=block.name, position=block.position)
             self._compare(block, cuts, zeroed, activations.batches[0], first, reentry)
         walk.checkpoint.release(block.name)
-        record = self._write(block.position, walk.checkpoint.names_of(block.name), cuts, layers)
+        record = self._write(block.position, walk.checkpoint.names_of(block.name), cuts, layers, made)
         walk.finish(block.position, record, activations)
         return record
 
@@ -190,16 +215,25 @@ class _Narrowing:
         walk = self.walk
         position = len(walk.blocks)
         walk.run.reporter.event("block.start", block=OUTSIDE, position=position)
-        record = self._write(position, walk.outside_names(), {}, [])
+        record = self._write(position, walk.outside_names(), {}, [], {})
         walk.finish(position, record, None)
         return record
 
     # -- importance ----------------------------------------------------------------------------------
 
     def _gather(
-        self, block: Block, members: Sequence[Channels], activations: Activations, reentry: Reentry
+        self,
+        block: Block,
+        members: Sequence[Channels],
+        activations: Activations,
+        reentry: Reentry,
+        read: Mapping[str, ReaderInputs],
     ) -> dict[str, PartImportance]:
-        """Run every batch once: the importance of all parts, and the recordings one block further."""
+        """Run every batch once: the importance of all parts, and the recordings one block further.
+
+        Args:
+            read: takes in what the layers read; empty where nothing is repaired.
+        """
         gathered = {
             entry.reader: PartImportance(
                 torch.tensor([part.columns for group in entry.groups for part in group.parts]),
@@ -208,16 +242,18 @@ class _Narrowing:
             for entry in members
         }
 
-        def watch(importance: PartImportance) -> Any:
+        def watch(reader: str, importance: PartImportance) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
                 inputs: torch.Tensor = args[0]
                 for sequence in inputs.reshape(-1, *inputs.shape[-2:]):
                     importance.add(sequence)
+                if reader in read:
+                    read[reader].add(inputs)
 
             return hook
 
         handles = [
-            self.walk.model.get_submodule(reader).register_forward_pre_hook(watch(importance))
+            self.walk.model.get_submodule(reader).register_forward_pre_hook(watch(reader, importance))
             for reader, importance in gathered.items()
         ]
         try:
@@ -296,9 +332,14 @@ class _Narrowing:
             )
 
     def _write(
-        self, position: int, names: Sequence[str], cuts: Mapping[str, Cut], layers: list[dict[str, Any]]
+        self,
+        position: int,
+        names: Sequence[str],
+        cuts: Mapping[str, Cut],
+        layers: list[dict[str, Any]],
+        made: Mapping[str, Repaired],
     ) -> UnitRecord:
-        """Write one shard: cut tensors cut, all others byte for byte."""
+        """Write one shard: cut tensors cut and fitted again, all others byte for byte."""
         checkpoint, run = self.walk.checkpoint, self.walk.run
         file = shard_name(position, len(self.walk.blocks) + 1)
         loaded = loaded_dtype(self.walk.source)
@@ -310,17 +351,15 @@ class _Narrowing:
         meant: dict[str, Meant] = {}
 
         def bring(name: str) -> torch.Tensor:
-            tensor = checkpoint.tensor(name)
-            cut = cuts.get(checkpoint.target[name])
-            if cut is None:
+            tensor, target = checkpoint.tensor(name), checkpoint.target[name]
+            cut = cuts.get(target)
+            written = _written(tensor, target, cut, made)
+            if written is None:
                 meant[name] = Meant(fingerprint(tensor), False)
                 return tensor
-            whole = float(tensor.float().square().sum(dtype=torch.float64))
-            tensor = cut.of(tensor)
-            lost = max(0.0, whole - float(tensor.float().square().sum(dtype=torch.float64)))
             # A loader sees the values in the precision that the configuration names.
-            meant[name] = Meant(fingerprint(tensor.to(loaded)), True, (lost / whole) ** 0.5 if whole else 0.0)
-            return tensor
+            meant[name] = Meant(fingerprint(written.to(loaded)), True, _distance(tensor, cut, written))
+            return written
 
         size = write_shard(
             self.walk.target / file,
@@ -338,3 +377,40 @@ def _zeroing(columns: torch.Tensor) -> Any:
         return (inputs, *args[1:])
 
     return hook
+
+
+def _written(
+    tensor: torch.Tensor, target: str, cut: Cut | None, made: Mapping[str, Repaired]
+) -> torch.Tensor | None:
+    """What is written in place of a tensor, cut and fitted again; ``None`` where it stays.
+
+    Args:
+        target: name of its parameter.
+        made: layers that were fitted again, by path.
+    """
+    layer, _, leaf = target.rpartition(".")
+    again = made.get(layer)
+    if again is not None and leaf == "weight" and cut is not None:
+        return again.cut(cut)
+    if again is not None and leaf == "bias" and again.bias is not None:
+        return again.bias if cut is None else cut.of(again.bias)
+    return None if cut is None else cut.of(tensor)
+
+
+def _distance(tensor: torch.Tensor, cut: Cut | None, written: torch.Tensor) -> float:
+    """Relative Frobenius distance to a tensor of what is left of it, with zeros where it was cut."""
+    kept = tensor if cut is None else cut.of(tensor)
+    whole, stays = _square(tensor), _square(kept)
+    lost = max(0.0, whole - stays) + _square(written.float() - kept.float())
+    return math.sqrt(lost / whole) if whole else math.sqrt(lost)
+
+
+def _square(tensor: torch.Tensor) -> float:
+    return float(tensor.float().square().sum(dtype=torch.float64))
+
+
+def _warn(run: Run, layers: Sequence[Mapping[str, Any]]) -> None:
+    """Name layers that were fitted to fewer tokens than they have inputs."""
+    found = scarce(layers)
+    if found:
+        run.reporter.message(warning(found, len(layers)))

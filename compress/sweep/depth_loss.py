@@ -1,0 +1,271 @@
+"""How much a model loses when blocks of it are left out, measured on its output.
+
+Block after block is left out alone, the model is run on calibration text, and the block without which it
+loses least goes; then again without it, until enough are gone (Kim et al. 2024, "Shortened LLaMA",
+arXiv 2402.02834, section 3.1, who measure once and not again after each block). Neighbours that go together
+are left out together, each run of them once. The loss is that of the next token where a model predicts one; a
+classifier is measured by the divergence from what it said before, an encoder by the cosine to it.
+
+Blocks before the one that is left out are not run again: the model is re-entered there. All others run for
+every measurement, so the whole model is in memory, in the precision in which blocks are computed.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, final
+
+import torch
+
+from compress.core.errors import CalibrationError, PlanError
+from compress.core.run import RESUMABLE
+from compress.models.blocks import Block, Recording, Reentry
+from compress.models.tasks import FeatureExtraction, Task, TextGeneration, resolve
+from compress.numerics.divergence import imitation
+from compress.sweep.activations import Activations
+from compress.sweep.depth_choice import Judgement, best_window, dispensable, ranked, starts, window
+from compress.sweep.depth_plan import DepthPlan
+from compress.sweep.narrow_cuts import ranges
+from compress.sweep.walk import Walk
+
+_FILE: Final = "losses.jsonl"
+
+
+def judge_by_loss(walk: Walk, plan: DepthPlan) -> Judgement:
+    """Measure losses and choose the blocks that go.
+
+    What is measured is kept in ``run.scratch`` and not measured again.
+
+    Args:
+        walk: the model before the cut; its weights are let go again.
+        plan: how many go, and whether they must be neighbours.
+
+    Raises:
+        CalibrationError: the model's own loss is not finite.
+        PlanError: the run has no calibration text, or there is no configuration for any selection.
+    """
+    return _Losses(walk, plan).judge()
+
+
+@final
+class _Losses:
+    """One model in memory, and what was measured of it."""
+
+    def __init__(self, walk: Walk, plan: DepthPlan) -> None:
+        self._walk, self._plan = walk, plan
+        self._task = resolve(walk.run.task, walk.source.config)
+        self._file = walk.run.scratch / _FILE
+        self._known: dict[tuple[int, ...], float] = {}
+        self._extras: Mapping[int, tuple[Any, ...]] = {}
+
+    def judge(self) -> Judgement:
+        """Measure and choose."""
+        walk = self._walk
+        activations = walk.calibration()
+        if activations is None:
+            raise PlanError("losses are measured on calibration text", "give --calibration TEXT")
+        walk.begin()
+        self._known = self._read()
+        walk.checkpoint.load(walk.checkpoint.names, walk.device)
+        walk.model.tie_weights()
+        walk.checkpoint.require_filled("")
+        tokens = sum(batch["input_ids"].numel() for batch in activations.batches)
+        with walk.reentry() as reentry:
+            wanted = self._whole(reentry, activations)
+            if self._plan.contiguous:
+                windows = self._windows(reentry, activations, wanted)
+                found = Judgement(best_window(windows, self._plan), "loss", {}, windows, tokens)
+            else:
+                gone, alone = self._greedily(reentry, activations, wanted)
+                found = Judgement(gone, "loss", alone, {}, tokens)
+        walk.checkpoint.release("")
+        return found
+
+    # -- what to measure ---------------------------------------------------------------------------
+
+    def _greedily(
+        self, reentry: Reentry, activations: Activations, wanted: Sequence[torch.Tensor]
+    ) -> tuple[tuple[int, ...], dict[int, float]]:
+        """The blocks that go one after the other, and the loss without each of them alone."""
+        plan, total = self._plan, len(self._walk.blocks)
+        gone: list[int] = []
+        alone: dict[int, float] = {}
+        title = f"loss without each of {total} blocks"
+        rounds = sum(total - place for place in range(plan.gone))
+        with self._walk.run.reporter.progress(title, rounds, "block") as advance:
+            while len(gone) < plan.gone:
+                left = [number for number in range(total) if number not in gone]
+                losses = {}
+                for number, loss in self._without_each(
+                    [(number,) for number in left], gone, reentry, activations, wanted
+                ):
+                    losses[number[0]] = loss
+                    advance(1)
+                alone = alone or losses
+                fitting = next((n for n in ranked(losses) if plan.fits([*gone, n])), None)
+                if fitting is None:
+                    # Not every number of blocks can be said: those that matter least alone decide.
+                    return dispensable(alone, plan), alone
+                gone.append(fitting)
+        return tuple(sorted(gone)), alone
+
+    def _windows(
+        self, reentry: Reentry, activations: Activations, wanted: Sequence[torch.Tensor]
+    ) -> dict[int, float]:
+        """The loss without each run of neighbours that may go, by the first of them."""
+        choices = [window(self._plan, start) for start in starts(self._plan)]
+        title = f"loss without each {self._plan.gone} neighbours of {len(self._walk.blocks)} blocks"
+        losses = {}
+        with self._walk.run.reporter.progress(title, len(choices), "window") as advance:
+            for choice, loss in self._without_each(choices, (), reentry, activations, wanted):
+                losses[choice[0]] = loss
+                advance(1)
+        return losses
+
+    # -- how it is measured ------------------------------------------------------------------------
+
+    def _whole(self, reentry: Reentry, activations: Activations) -> list[torch.Tensor]:
+        """What the untouched model says, where losses compare with it.
+
+        Raises:
+            CalibrationError: its own loss is not finite.
+        """
+        blocks = self._walk.blocks
+        recording = Recording()
+        for block in blocks:
+            reentry.advance(block.position, activations.batches[0], recording)
+        # A block that is left out returns what it is given in the shape in which it returned its own.
+        self._extras = dict(recording.extras)
+        said: list[torch.Tensor] = []
+        for batch in activations.batches:
+            outputs = self._said(reentry, 0, batch, Recording())
+            if not math.isfinite(self._loss(outputs, batch, outputs)):
+                raise CalibrationError(
+                    "the model's own loss on the calibration text is not finite",
+                    "check that the model is sound in this dtype",
+                )
+            if not isinstance(self._task, TextGeneration):
+                said.append(outputs)
+        return said
+
+    def _without_each(
+        self,
+        choices: Iterable[tuple[int, ...]],
+        gone: Sequence[int],
+        reentry: Reentry,
+        activations: Activations,
+        wanted: Sequence[torch.Tensor],
+    ) -> Iterator[tuple[tuple[int, ...], float]]:
+        """The loss without each choice of blocks, besides those that are gone already.
+
+        Args:
+            choices: in the order of their first blocks.
+        """
+        recordings = [Recording() for _ in activations.batches]
+        reached = 0
+        blocks = self._walk.blocks
+        with self._skipping([blocks[number] for number in gone]):
+            for choice in choices:
+                key = tuple(sorted([*gone, *choice]))
+                if key not in self._known:
+                    self._walk.run.reporter.event("depth.measure", without=ranges(key))
+                    for block in blocks[reached : choice[0]]:
+                        if block.position not in gone:
+                            for batch, recording in zip(activations.batches, recordings, strict=True):
+                                reentry.advance(block.position, batch, recording)
+                    reached = max(reached, choice[0])
+                    with self._skipping([blocks[number] for number in choice]):
+                        self._keep(key, self._mean(choice[0], reentry, activations, recordings, wanted))
+                yield choice, self._known[key]
+
+    def _mean(
+        self,
+        position: int,
+        reentry: Reentry,
+        activations: Activations,
+        recordings: Sequence[Recording],
+        wanted: Sequence[torch.Tensor],
+    ) -> float:
+        """The mean loss over all sequences, with the model re-entered at a block."""
+        total, sequences = 0.0, 0
+        for place, (batch, recording) in enumerate(zip(activations.batches, recordings, strict=True)):
+            said = self._said(reentry, position, batch, recording)
+            count = len(batch["input_ids"])
+            total += count * self._loss(said, batch, wanted[place] if wanted else said)
+            sequences += count
+        return total / sequences
+
+    def _said(
+        self, reentry: Reentry, position: int, batch: Mapping[str, torch.Tensor], recording: Recording
+    ) -> torch.Tensor:
+        return self._task.outputs(reentry.finish(position, batch, recording))
+
+    def _loss(self, said: torch.Tensor, batch: Mapping[str, torch.Tensor], wanted: torch.Tensor) -> float:
+        return _loss_of(self._task, said, batch["input_ids"].to(said.device), wanted)
+
+    @contextmanager
+    def _skipping(self, blocks: Sequence[Block]) -> Iterator[None]:
+        """Leave blocks out while the context lasts: each hands on what it is given."""
+        before = [block.module.forward for block in blocks]
+        for block in blocks:
+            block.module.forward = _handing_on(self._extras.get(block.position))
+        try:
+            yield
+        finally:
+            for block, forward in zip(blocks, before, strict=True):
+                block.module.forward = forward
+
+    # -- what is kept ------------------------------------------------------------------------------
+
+    def _keep(self, gone: tuple[int, ...], loss: float) -> None:
+        # A model without one block may say anything; what is not finite goes last, and is no number in JSON.
+        loss = loss if math.isfinite(loss) else float("inf")
+        with self._file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"without": gone, "loss": None if math.isinf(loss) else loss}) + "\n")
+        (self._walk.run.scratch / RESUMABLE).touch()
+        self._known[gone] = loss
+
+    def _read(self) -> dict[tuple[int, ...], float]:
+        """What an earlier run measured; a line that it did not finish is measured again."""
+        found: dict[tuple[int, ...], float] = {}
+        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
+        for line in lines:
+            try:
+                document = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            loss = document["loss"]
+            found[tuple(document["without"])] = float("inf") if loss is None else float(loss)
+        return found
+
+
+def _handing_on(extras: tuple[Any, ...] | None) -> Callable[..., Any]:
+    """A block that computes nothing.
+
+    Args:
+        extras: what it returns beside the hidden state, or ``None`` where it returns that alone.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        if extras is None:
+            return hidden
+        return (hidden, *(e.to(hidden.device) if isinstance(e, torch.Tensor) else e for e in extras))
+
+    return forward
+
+
+def _loss_of(task: Task, said: torch.Tensor, tokens: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The loss of one batch.
+
+    Args:
+        tokens: that went in.
+        wanted: what the untouched model says.
+    """
+    if isinstance(task, TextGeneration):
+        return float(task.loss(said, tokens))
+    if isinstance(task, FeatureExtraction):
+        return float(task.loss(said, wanted))
+    rows = torch.zeros(said.flatten(0, -2).shape[0], dtype=torch.int64, device=said.device)
+    return float(imitation(said.flatten(0, -2), wanted.flatten(0, -2), rows).divergence.mean())
