@@ -34,6 +34,7 @@ from compress.core.identity import libraries
 from compress.core.passes import FAMILIES, Pass, find, own_names
 from compress.core.recipe import Recipe
 from tests import models_zoo
+from tests.small_tokenizers import TEXT, with_tokenizer
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 REPORT: Final = ROOT / "reports" / "architectures" / "architectures.json"
@@ -59,9 +60,13 @@ OWN: Final[Mapping[str, Mapping[str, Any]]] = {
     "distill.logits": {"cross_entropy": 0.5, "keep": "last"},
     # Three of four heads are no whole groups where two share their keys and values.
     "prune.width": {"keep": 0.5},
+    # Of 96 tokens.
+    "prune.vocabulary": {"multiple": 8},
     # At 4 bits there is a model here whose rounding no factor makes better.
     "transform.awq": {"bits": 3},
 }
+WHOLE_TEXTS: Final = frozenset({"prune.vocabulary"})
+"""Methods that read texts and not windows of tokens: their models have a tokenizer."""
 GROUPS: Final[Mapping[str, int]] = {"export.gguf": 32}
 """Groups of the integers that an exporter is given, where its format wants other ones."""
 AFTER: Final[Mapping[Fact, tuple[str, ...]]] = {
@@ -117,11 +122,13 @@ class Place:
     _number: Iterator[int] = field(default_factory=itertools.count)
     _made: dict[tuple[str, tuple[str, ...], int], tuple[Path, Cell]] = field(default_factory=dict)
 
-    def floats(self, architecture: str) -> Path:
-        """The random model of an architecture."""
-        path = self.folder / "floats" / architecture
+    def floats(self, architecture: str, *, words: bool = False) -> Path:
+        """The random model of an architecture, with a tokenizer if asked for."""
+        path = self.folder / ("words" if words else "floats") / architecture
         if not path.is_dir():
             models_zoo.write(architecture, path.parent, dtype=torch.bfloat16)
+            if words:
+                with_tokenizer(path)
         return path
 
     def made(self, architecture: str, steps: tuple[str, ...], group: int) -> tuple[Path, Cell]:
@@ -146,6 +153,13 @@ class Place:
             save_file({"input_ids": models_zoo.tokens(SAMPLES, LENGTH)}, file)
         return file
 
+    @property
+    def text(self) -> Path:
+        """Text that uses a part of the tokens of the models that have a tokenizer."""
+        file = self.folder / "text.txt"
+        file.write_text(TEXT, encoding="utf-8")
+        return file
+
     def fresh(self) -> Path:
         """A folder that is not there yet."""
         return self.folder / f"out-{next(self._number)}"
@@ -168,7 +182,10 @@ def cases(methods: Sequence[str]) -> list[Case]:
 
 def examine(case: Case, architecture: str, place: Place) -> Cell:
     """Put one method to the test on one architecture."""
-    source, made = place.made(architecture, case.after, GROUPS.get(case.method, SMALL["group_size"]))
+    if case.method in WHOLE_TEXTS:
+        source, made = place.floats(architecture, words=True), Cell("yes")
+    else:
+        source, made = place.made(architecture, case.after, GROUPS.get(case.method, SMALL["group_size"]))
     if not source.is_dir():
         return Cell("no", "", f"there is no such model to start from: {made.reason}", made.hint)
     out = place.fresh()
@@ -194,7 +211,7 @@ def _attempt(
         "threads": 1,
         "device": "cpu",
         "data": {
-            "calibration": str(place.tokens),
+            "calibration": str(place.text if name in WHOLE_TEXTS else place.tokens),
             "train": str(place.tokens),
             "samples": SAMPLES,
             "sequence_length": LENGTH,

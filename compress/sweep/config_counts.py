@@ -26,13 +26,11 @@ class Count:
         fields: that hold it, under their own names.
         aliases: other spellings of these fields, each with the field that it means.
         dimensions: the parameters that are as long as it says, with the dimension in which they are.
-        gone: parameters that are not there with the number that was tried.
     """
 
     fields: tuple[str, ...]
     aliases: Mapping[str, str]
     dimensions: Mapping[str, int]
-    gone: frozenset[str]
 
     def document(self, document: Mapping[str, Any], number: int) -> dict[str, Any]:
         """A ``config.json`` with another number, in its own spelling: other readers may know no other."""
@@ -54,7 +52,7 @@ def find_count(
         document: a ``config.json`` that the model is built from.
         old: the number.
         new: another one, with which everything is tried.
-        anchors: parameters that must depend on it: in their length, or in whether they are there.
+        anchors: parameters that must be as long as it says.
 
     Returns:
         ``None`` where no field changes these, or one that does changes more than lengths from one number to
@@ -69,14 +67,10 @@ def find_count(
     for together in range(1, min(len(holding), _TOGETHER) + 1):
         for fields in itertools.combinations(holding, together):
             aliases = spellings(config, fields)
-            count = Count(fields, aliases, {}, frozenset())
-            after = search.shapes(count.document(document, new))
+            after = search.shapes(Count(fields, aliases, {}).document(document, new))
             dimensions = None if after is None else _dimensions(before, after, old, new)
-            if after is None or dimensions is None:
-                continue
-            gone = frozenset(before) - frozenset(after)
-            if set(anchors) <= dimensions.keys() | gone:
-                return Count(fields, aliases, dimensions, gone)
+            if dimensions is not None and set(anchors) <= dimensions.keys():
+                return Count(fields, aliases, dimensions)
     return None
 
 
@@ -86,11 +80,9 @@ def spellings(config: Any, fields: Collection[str]) -> dict[str, str]:
 
 
 def resized(shapes: Shapes, count: Count, number: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of all parameters that stay, with another number."""
+    """The shapes of all parameters with another number."""
     changed = {}
     for name, shape in shapes.items():
-        if name in count.gone:
-            continue
         place = count.dimensions.get(name)
         changed[name] = shape if place is None else (*shape[:place], number, *shape[place + 1 :])
     return changed
@@ -98,7 +90,7 @@ def resized(shapes: Shapes, count: Count, number: int) -> dict[str, tuple[int, .
 
 def _dimensions(before: Shapes, after: Shapes, old: int, new: int) -> dict[str, int] | None:
     """Where shapes went from one number to the other; ``None`` where anything else changed."""
-    if not after.keys() <= before.keys():
+    if after.keys() != before.keys():
         return None
     found: dict[str, int] = {}
     for name, shape in after.items():

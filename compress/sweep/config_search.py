@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -148,6 +148,14 @@ def model_of(
                 shutil.copyfile(file, path / file.name)
         trial = replace(source, path=path, config=document)
         return skeleton(trial, task=run.task, dtype=dtype, trust_remote_code=run.trust_remote_code)
+
+
+_ABSENT: Final = object()
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration that another one does not have, or has with another value."""
+    return {name: value for name, value in after.items() if before.get(name, _ABSENT) != value}
 
 
 def _subsets(names: list[str], value: int) -> Iterator[dict[str, Any]]:

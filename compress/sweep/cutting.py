@@ -1,4 +1,4 @@
-"""Writing the shard of a unit whose tensors lose rows, take another name, or stay as they are.
+"""Writing the shard of a unit whose tensors lose rows, take another name, get new values, or stay.
 
 What stays is the same to the bit: values are taken from the tensors as they lie on disk and never pass
 through an arithmetic.
@@ -27,16 +27,20 @@ class Piece:
         source: its name on disk in the source.
         places: for each dimension that is cut, what stays, int64 in order.
         moved: whether it is, or may be, another tensor than the one that had its name.
+        fitted: new values in place of those on disk, in their precision; ``None`` where these are taken.
+        error: relative Frobenius distance of the new values to those on disk.
     """
 
     source: str
     places: Mapping[int, torch.Tensor] = field(default_factory=dict)
     moved: bool = False
+    fitted: torch.Tensor | None = None
+    error: float = 0.0
 
     @property
     def changed(self) -> bool:
         """Whether the result holds other values under this name than the source."""
-        return self.moved or bool(self.places)
+        return self.moved or bool(self.places) or self.fitted is not None
 
     def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of what stays."""
@@ -49,8 +53,25 @@ def as_they_are(names: list[str]) -> dict[str, Piece]:
     return {name: Piece(name) for name in names}
 
 
+def finish_unread(walk: Walk, unit: str, position: int, pieces: Mapping[str, Piece]) -> UnitRecord:
+    """Write a unit through which no batch runs, and note that it is finished.
+
+    Args:
+        unit: its name.
+    """
+    walk.run.reporter.event("block.start", block=unit, position=position)
+    record = write_pieces(walk, position, pieces, [])
+    walk.finish(position, record, None)
+    return record
+
+
 def write_pieces(
-    walk: Walk, position: int, pieces: Mapping[str, Piece], layers: list[dict[str, Any]]
+    walk: Walk,
+    position: int,
+    pieces: Mapping[str, Piece],
+    layers: list[dict[str, Any]],
+    *,
+    units: int | None = None,
 ) -> UnitRecord:
     """Write one shard.
 
@@ -58,9 +79,10 @@ def write_pieces(
         position: of the unit.
         pieces: by the names that they get on disk.
         layers: rows for the table of layers.
+        units: of the result, where they are not as many as those of the source.
     """
     checkpoint, run = walk.checkpoint, walk.run
-    file = shard_name(position, len(walk.blocks) + 1)
+    file = shard_name(position, len(walk.blocks) + 1 if units is None else units)
     loaded = loaded_dtype(walk.source)
     layout = {
         name: (checkpoint.dtype(piece.source), piece.shape(checkpoint.shape(piece.source)))
@@ -70,7 +92,7 @@ def write_pieces(
 
     def bring(name: str) -> torch.Tensor:
         piece = pieces[name]
-        tensor = checkpoint.tensor(piece.source)
+        tensor = checkpoint.tensor(piece.source) if piece.fitted is None else piece.fitted
         if not piece.changed:
             meant[name] = Meant(fingerprint(tensor), False)
             return tensor
@@ -78,9 +100,10 @@ def write_pieces(
         if piece.places:
             tensor = Cut(name, piece.places).of(tensor)
         lost = max(0.0, before - _squares(tensor)) if before else 0.0
+        error = (lost / before) ** 0.5 if before else piece.error
         # A loader sees the values in the precision that the configuration names.
-        error = (lost / before) ** 0.5 if before else 0.0
-        meant[name] = Meant(fingerprint(tensor.to(loaded)), True, error)
+        seen = tensor.to(loaded) if tensor.is_floating_point() else tensor
+        meant[name] = Meant(fingerprint(seen), True, error)
         return tensor
 
     size = write_shard(

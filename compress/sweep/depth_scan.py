@@ -115,7 +115,6 @@ class _Scan:
                 rows += record.layers
                 return_freed()
                 advance(1)
-        (walk.run.scratch / f"activations-{len(walk.blocks) - 1:05d}.safetensors").unlink(missing_ok=True)
         return rows
 
     def distances(self, plan: DepthPlan) -> dict[int, float]:
@@ -148,7 +147,8 @@ class _Scan:
             raise CalibrationError(f"{block.name}: {error.message}", error.hint) from error
         row = {"block": block.name, "tokens": influence.tokens, "influence": value}
         record = self._write(block.position, {name: torch.cat(parts) for name, parts in kept.items()}, row)
-        walk.finish(block.position, record, activations)
+        last = block.position == len(walk.blocks) - 1
+        walk.finish(block.position, record, None if last else activations)
         self._marker.touch()
         return record
 

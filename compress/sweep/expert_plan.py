@@ -13,7 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from compress.core.artifact import Artifact
@@ -52,14 +51,12 @@ class Mixture:
         module: holds the router and the experts; gives the sum of the chosen experts for each token.
         router: weight of the router, a row for each expert.
         cut: parameters with an entry for each expert, the router's too, and the dimension of the entries.
-        lists: modules that hold each expert as a module of its own, under its number.
     """
 
     block: str
     module: str
     router: str
     cut: Mapping[str, int]
-    lists: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -103,8 +100,8 @@ def _planned(asked: AskedExperts, path: Path, digest: str, task: str, trust_remo
     source, run = Artifact.open(path), Run(task=task, trust_remote_code=trust_remote_code)
     model = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
     blocks = find_blocks(model)
-    fused, lists = _experts(blocks)
-    numbers = {shape[0] for shape in fused.values()} | set(lists.values())
+    fused = _fused(blocks)
+    numbers = set(fused.values())
     if len(numbers) != 1:
         sizes = " and ".join(map(str, sorted(numbers)))
         came = f"mixtures of {sizes} experts" if numbers else "no experts"
@@ -128,13 +125,11 @@ def _planned(asked: AskedExperts, path: Path, digest: str, task: str, trust_remo
         raise PlanError(
             f"{path / 'config.json'} builds another model than the one at hand", "give the --task"
         )
-    # Fused experts become shorter; of experts in a list those with the highest numbers are gone.
-    gone = frozenset(name for name in shapes if _is_beyond(name, lists, kept))
-    found = find_count(search, document, of, kept, {*fused, *gone})
-    if found is None or found.gone != gone:
+    found = find_count(search, document, of, kept, fused)
+    if found is None:
         why = search.refusal or "no field of its configuration gives it fewer experts"
         raise PlanError(f"{path} cannot have {kept} of {of} experts: {why}", _HINT)
-    mixtures = _mixtures(model, blocks, shapes, found, fused, lists, of)
+    mixtures = _mixtures(model, blocks, shapes, found, fused, of)
     chosen, chosen_of = _chosen(search, document, shapes, model, mixtures, found)
     if kept < chosen_of:
         document = chosen.document(document, kept)
@@ -145,30 +140,19 @@ def _planned(asked: AskedExperts, path: Path, digest: str, task: str, trust_remo
     return ExpertPlan(of, wanted, kept, chosen_of, min(chosen_of, kept), mixtures, smaller, after)
 
 
-def _experts(blocks: Sequence[Block]) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
-    """Parameters that hold experts in one tensor, with shapes, and lists of experts, with lengths."""
-    fused: dict[str, tuple[int, ...]] = {}
-    lists: dict[str, int] = {}
-    for block in blocks:
-        for path, module in block.module.named_modules():
-            name = f"{block.name}.{path}".rstrip(".")
-            if isinstance(module, nn.ModuleList) and _are_experts(module):
-                lists[name] = len(module)
-            if isinstance(module, _ConvNd):
-                continue
-            for leaf, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3:
-                    fused[f"{name}.{leaf}"] = tuple(parameter.shape)
-    return fused, lists
+def _fused(blocks: Sequence[Block]) -> dict[str, int]:
+    """Parameters that hold all experts of a mixture in one tensor, with how many they are.
 
-
-def _is_beyond(name: str, lists: Iterable[str], kept: int) -> bool:
-    """Whether a parameter belongs to an expert of a list with this number or a higher one."""
-    for entry in lists:
-        number, _, _ = name.removeprefix(f"{entry}.").partition(".")
-        if name.startswith(f"{entry}.") and int(number) >= kept:
-            return True
-    return False
+    transformers loads the experts of its own architectures so, however they lie on disk.
+    """
+    return {
+        f"{block.name}.{path}.{leaf}": len(parameter)
+        for block in blocks
+        for path, module in block.module.named_modules()
+        if not isinstance(module, _ConvNd)
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    }
 
 
 def _around(names: Sequence[str]) -> str:
@@ -181,20 +165,12 @@ def _around(names: Sequence[str]) -> str:
     return ".".join(shared)
 
 
-def _are_experts(members: nn.ModuleList) -> bool:
-    """Whether the members of a list are alike, and each has matrices."""
-    shapes = [[tuple(parameter.shape) for parameter in member.parameters()] for member in members]
-    matrices = sum(len(shape) >= 2 for shape in shapes[0]) if shapes else 0
-    return len(shapes) > 1 and matrices >= 2 and all(entry == shapes[0] for entry in shapes)
-
-
 def _mixtures(
     model: Any,
     blocks: Sequence[Block],
     shapes: Shapes,
     found: Count,
     fused: Iterable[str],
-    lists: Iterable[str],
     of: int,
 ) -> tuple[Mixture, ...]:
     """Router and experts of each block that has some.
@@ -202,7 +178,7 @@ def _mixtures(
     Raises:
         PlanError: a block has another number of routers than one, or keeps experts in another way.
     """
-    owners = {name.rpartition(".")[0] for name in fused} | set(lists)
+    owners = {name.rpartition(".")[0] for name in fused}
     mixtures: list[Mixture] = []
     seen: set[str] = set()
     for block in blocks:
@@ -223,8 +199,7 @@ def _mixtures(
                 _HINT,
             )
         module = _around([routers[0], *holders])
-        own = tuple(sorted(name for name in lists if name.startswith(inside)))
-        mixture = Mixture(block.name, module, routers[0], cut, own)
+        mixture = Mixture(block.name, module, routers[0], cut)
         _check(model, mixture, of)
         mixtures.append(mixture)
     beyond = sorted(found.dimensions.keys() - seen)
@@ -276,7 +251,7 @@ def _chosen(
         if type(value) is not int or value < 1 or value not in held or name in found.fields:
             continue
         other = value - 1 if value > 1 else value + 1
-        count = Count((name,), spellings(config, (name,)), {}, frozenset())
+        count = Count((name,), spellings(config, (name,)), {})
         changed = count.document(document, other)
         if search.shapes(changed) != shapes:
             continue

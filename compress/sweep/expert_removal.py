@@ -25,7 +25,8 @@ from compress.models.checkpoint import Checkpoint
 from compress.models.load import skeleton
 from compress.numerics.masks import strongest
 from compress.sweep.activations import Activations
-from compress.sweep.cutting import Piece, as_they_are, write_pieces
+from compress.sweep.config_search import changes
+from compress.sweep.cutting import Piece, as_they_are, finish_unread, write_pieces
 from compress.sweep.expert_importance import ExpertImportance, Routing, captured
 from compress.sweep.expert_plan import AskedExperts, ExpertPlan, Mixture, plan_experts
 from compress.sweep.narrow_cuts import Cut, complement, ranges
@@ -85,15 +86,10 @@ def remove(asked: AskedExperts, by: By, source: Artifact, target: Path, run: Run
     decisions = {
         "experts": {"of": plan.of, "asked": plan.asked, "got": plan.kept},
         "experts_per_token": {"before": plan.chosen_of, "after": plan.chosen},
-        "config": {
-            name: value for name, value in plan.config.items() if source.config.get(name, _ABSENT) != value
-        },
+        "config": changes(source.config, plan.config),
         **outcome.decisions,
     }
     return Outcome(decisions, outcome.tensors)
-
-
-_ABSENT = object()
 
 
 @final
@@ -125,7 +121,9 @@ class _Removal:
         with walk.reentry() as reentry:
             walk.load_outside()
             records = walk.through(
-                title, lambda block: self._block(block, activations, reentry), self._outside
+                title,
+                lambda block: self._block(block, activations, reentry),
+                lambda: finish_unread(walk, OUTSIDE, len(walk.blocks), as_they_are(walk.outside_names())),
             )
         walk.complete(records, self.plan.config)
         tensors = {name: meant for record in records for name, meant in record.tensors.items()}
@@ -160,14 +158,6 @@ class _Removal:
         walk.checkpoint.release(block.name)
         record = write_pieces(walk, block.position, pieces, layers)
         walk.finish(block.position, record, activations)
-        return record
-
-    def _outside(self) -> UnitRecord:
-        walk = self.walk
-        position = len(walk.blocks)
-        walk.run.reporter.event("block.start", block=OUTSIDE, position=position)
-        record = write_pieces(walk, position, as_they_are(walk.outside_names()), [])
-        walk.finish(position, record, None)
         return record
 
     # -- importance ----------------------------------------------------------------------------------
@@ -262,21 +252,8 @@ def smaller_weights(model: Any, mixture: Mixture, kept: Sequence[int]) -> dict[s
         tensor = parameter.detach()
         if name in mixture.cut:
             tensor = Cut(name, {mixture.cut[name]: places}).of(tensor)
-        new = _moved(name, mixture.lists, kept)
-        if new is not None:
-            weights[new] = tensor
+        weights[name] = tensor
     return weights
-
-
-def _moved(name: str, lists: Sequence[str], kept: Sequence[int]) -> str | None:
-    """The name that a parameter gets when experts of a list move up; ``None`` where its expert is gone."""
-    for entry in lists:
-        if name.startswith(f"{entry}."):
-            number, _, rest = name.removeprefix(f"{entry}.").partition(".")
-            if int(number) not in kept:
-                return None
-            return f"{entry}.{list(kept).index(int(number))}.{rest}"
-    return name
 
 
 def _pieces(
@@ -294,27 +271,18 @@ def _pieces(
     places = torch.tensor(list(kept), dtype=torch.int64)
     pieces: dict[str, Piece] = {}
     for target, files in by_target.items():
-        if target in mixture.cut:
-            shape = tuple(model.get_parameter(target).shape)
-            if len(files) == 1 and checkpoint.shape(files[0]) == shape:
-                pieces[files[0]] = Piece(files[0], {mixture.cut[target]: places})
-                continue
-            experts = _split_on_disk(target, shape, of, files, checkpoint)
-            for place, number in enumerate(kept):
-                for new, old in zip(experts[place], experts[number], strict=True):
-                    # Even an expert that keeps its number is checked with the others, as one parameter.
-                    pieces[new] = Piece(old, moved=True)
-            continue
-        new_target = _moved(target, mixture.lists, kept)
-        if new_target == target:
+        if target not in mixture.cut:
             pieces |= as_they_are(files)
-        elif new_target is not None:
-            if len(files) != 1 or len(by_target.get(new_target, [])) != 1:
-                raise PlanError(
-                    f"{target} is converted while transformers loads it, so it cannot be renamed on disk",
-                    "save the model with a current transformers first, and prune that",
-                )
-            pieces[by_target[new_target][0]] = Piece(files[0], moved=True)
+            continue
+        shape = tuple(model.get_parameter(target).shape)
+        if len(files) == 1 and checkpoint.shape(files[0]) == shape:
+            pieces[files[0]] = Piece(files[0], {mixture.cut[target]: places})
+            continue
+        experts = _split_on_disk(target, shape, of, files, checkpoint)
+        for place, number in enumerate(kept):
+            for new, old in zip(experts[place], experts[number], strict=True):
+                # Even an expert that keeps its number is checked with the others, as one parameter.
+                pieces[new] = Piece(old, moved=True)
     return pieces
 
 

@@ -10,21 +10,21 @@ passed by, as if it added nothing.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal, final
+from typing import Any, Literal, final
 
 import torch
 
 from compress.core.artifact import Artifact
 from compress.core.errors import CalibrationError, PlanError, VerificationError
-from compress.core.passes import Meant, Needs, Outcome
+from compress.core.passes import Needs, Outcome
 from compress.core.run import CalibrationSource, Run
-from compress.formats.shards import shard_name, write_shard
 from compress.models.blocks import Block, Recording, Reentry, hidden_state
 from compress.models.checkpoint import Checkpoint
-from compress.models.load import loaded_dtype, skeleton
+from compress.models.load import skeleton
 from compress.models.writers import Writer
-from compress.numerics.fingerprint import fingerprint
 from compress.sweep.activations import Activations
+from compress.sweep.config_search import changes
+from compress.sweep.cutting import Piece, as_they_are, write_pieces
 from compress.sweep.depth_choice import Judgement
 from compress.sweep.depth_loss import judge_by_loss
 from compress.sweep.depth_plan import DepthPlan, DiskNames, Size, disk_names, plan_depth
@@ -40,7 +40,6 @@ from compress.sweep.unit import UnitRecord
 from compress.sweep.walk import OUTSIDE, Walk, decided, placed_skeleton
 
 By = Literal["influence", "loss"]
-_ABSENT: Final = object()
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,7 @@ def shorten(asked: Shorter, source: Artifact, target: Path, run: Run) -> Outcome
             "gone": gone,
             "by": judgement.measure,
         },
-        "config": {
-            name: value for name, value in config.items() if source.config.get(name, _ABSENT) != value
-        },
+        "config": changes(source.config, config),
         "parameters": {"before": before, "after": after},
         **outcome.decisions,
     }
@@ -289,18 +286,14 @@ class _Shortening:
             walk.checkpoint.release(gone.name)
         rows = [self._row(each) for each in (*unit.before, block, *unit.after)]
         rows[len(unit.before)] |= made.row
-        names = [
-            name for name in walk.checkpoint.names_of(block.name) if name not in walk.checkpoint.passed_over
-        ]
-        renamed = {self.disk.renumbered(name, unit.number): name for name in names}
-        record = self._write(unit.number, renamed, made, rows)
+        record = write_pieces(walk, unit.number, self._pieces(unit, made), rows, units=len(self._units) + 1)
         walk.finish(unit.number, record, activations)
         return record
 
     def _outside(self) -> UnitRecord:
         walk, number = self.walk, len(self._units)
         walk.run.reporter.event("block.start", block=OUTSIDE, position=len(walk.blocks))
-        record = self._write(number, {name: name for name in walk.outside_names()}, Refitted(), [])
+        record = write_pieces(walk, number, as_they_are(walk.outside_names()), [], units=number + 1)
         walk.finish(number, record, None)
         return record
 
@@ -355,37 +348,15 @@ class _Shortening:
                 "and prune its width with prune.width",
             )
 
-    def _write(
-        self, number: int, names: Mapping[str, str], made: Refitted, layers: list[dict[str, Any]]
-    ) -> UnitRecord:
-        """Write one shard: tensors under new names, and those that were fitted again.
-
-        Args:
-            names: on disk, new to old.
-        """
-        checkpoint, run = self.walk.checkpoint, self.walk.run
-        file = shard_name(number, len(self._units) + 1)
-        storage = loaded_dtype(self.walk.source)
-        layout = {new: (checkpoint.dtype(old), checkpoint.shape(old)) for new, old in names.items()}
-        meant: dict[str, Meant] = {}
-
-        def bring(new: str) -> torch.Tensor:
-            old = names[new]
-            parameter = checkpoint.target[old]
-            fitted = made.tensors.get(parameter)
-            tensor = checkpoint.tensor(old) if fitted is None else fitted
-            if fitted is None and new == old:
-                meant[new] = Meant(fingerprint(tensor), False)
-                return tensor
-            # Other values have this name now. A loader sees them in the precision of the configuration.
-            loaded = tensor.to(storage) if tensor.is_floating_point() else tensor
-            meant[new] = Meant(fingerprint(loaded), True, made.errors.get(parameter, 0.0))
-            return tensor
-
-        size = write_shard(
-            self.walk.target / file,
-            layout,
-            bring,
-            lambda name: run.reporter.event("shard.tensor", file=file, tensor=name),
-        )
-        return UnitRecord(file, sorted(layout), size, dict(sorted(meant.items())), layers)
+    def _pieces(self, unit: _Unit, made: Refitted) -> dict[str, Piece]:
+        """The tensors of a block that stays, by the names that they get on disk."""
+        checkpoint = self.walk.checkpoint
+        pieces: dict[str, Piece] = {}
+        for name in checkpoint.names_of(unit.block.name):
+            if name in checkpoint.passed_over:
+                continue
+            parameter, new = checkpoint.target[name], self.disk.renumbered(name, unit.number)
+            fitted, error = made.tensors.get(parameter), made.errors.get(parameter, 0.0)
+            # Another block had this name, so other values have it now.
+            pieces[new] = Piece(name, moved=new != name, fitted=fitted, error=error)
+        return pieces

@@ -20,17 +20,16 @@ from compress.core.run import Run
 from compress.data import corpora
 from compress.data.builtin.splits import Split
 from compress.data.stretches import stretches
-from compress.models.blocks import Block, find_blocks
+from compress.models.blocks import find_blocks
 from compress.models.checkpoint import Checkpoint
 from compress.models.load import configuration, skeleton, tokenizer
 from compress.models.pieces import TokenizerDocument
 from compress.models.token_ids import implied, named, renumbered
 from compress.sweep.config_counts import Count, find_count, resized
 from compress.sweep.config_search import ConfigSearch, model_of
-from compress.sweep.cutting import Piece, as_they_are, write_pieces
+from compress.sweep.cutting import Piece, as_they_are, finish_unread
 from compress.sweep.prediction import predict_rewriting
 from compress.sweep.token_use import Choice, Use, choose, count, plain, prove
-from compress.sweep.unit import UnitRecord
 from compress.sweep.vocabulary_files import generation_config, reloaded, vocabulary_bytes, write_files
 from compress.sweep.walk import OUTSIDE, Walk
 
@@ -108,8 +107,12 @@ def prune(limits: Limits, source: Artifact, target: Path, run: Run) -> Outcome:
     pieces = _cut(tables, choice, checkpoint)
     records = walk.through(
         f"{len(choice.kept):,} of {tables.rows:,} tokens",
-        lambda block: _copied(walk, block),
-        lambda: _outside(walk, pieces),
+        lambda block: finish_unread(
+            walk, block.name, block.position, as_they_are(walk.checkpoint.names_of(block.name))
+        ),
+        lambda: finish_unread(
+            walk, OUTSIDE, len(walk.blocks), {**as_they_are(walk.outside_names()), **pieces}
+        ),
     )
     walk.complete(records, config)
     write_files(target, document, choice.new, tables.rows)
@@ -325,24 +328,6 @@ def _cut(tables: _Tables, choice: Choice, checkpoint: Checkpoint) -> dict[str, P
         for name in checkpoint.names
         if checkpoint.target[name] in tables.dimensions
     }
-
-
-def _copied(walk: Walk, block: Block) -> UnitRecord:
-    """A block, byte for byte."""
-    walk.run.reporter.event("block.start", block=block.name, position=block.position)
-    names = walk.checkpoint.names_of(block.name)
-    record = write_pieces(walk, block.position, as_they_are(names), [])
-    walk.finish(block.position, record, None)
-    return record
-
-
-def _outside(walk: Walk, cut: Mapping[str, Piece]) -> UnitRecord:
-    """Everything else, with fewer rows where there is one for each token."""
-    position = len(walk.blocks)
-    walk.run.reporter.event("block.start", block=OUTSIDE, position=position)
-    record = write_pieces(walk, position, {**as_they_are(walk.outside_names()), **cut}, [])
-    walk.finish(position, record, None)
-    return record
 
 
 def _sizes(tables: _Tables, cut: Mapping[str, Piece], walk: Walk) -> dict[str, dict[str, int]]:

@@ -331,11 +331,3 @@ def test_a_router_with_more_than_parameters_is_refused(tmp_path: Path) -> None:
     run = Run(calibration=CalibrationSource("tokens.safetensors"))
     with pytest.raises(PlanError, match="no parameter and has an entry for each expert"):
         Experts().check(Artifact.open(tmp_path / "deepseek"), run)
-
-
-def test_experts_in_a_list_move_up() -> None:
-    moved = expert_removal._moved
-    lists = ("m.0.experts",)
-    assert moved("m.0.experts.3.up.weight", lists, [1, 3]) == "m.0.experts.1.up.weight"
-    assert moved("m.0.experts.2.up.weight", lists, [1, 3]) is None
-    assert moved("m.0.gate.weight", lists, [1, 3]) == "m.0.gate.weight"

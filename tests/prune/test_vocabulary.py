@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers
 
 from compress import engine
 from compress.core.artifact import Artifact
@@ -20,11 +20,9 @@ from compress.prune.vocabulary import Vocabulary
 from compress.sweep.vocabulary_files import reloaded
 from tests import models_zoo
 from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.small_tokenizers import TEXT, with_tokenizer
 
-WIDE = "pack my box with five dozen liquor jugs; the quick brown fox jumps over the lazy dog again and again"
-TEXT = "the dog and the fox and the box\n\nthe fox again; the lazy fox"
 OTHER = "Naïve ☃ zebras quiz; 漢字\n\tand 12 more!"
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 
 
 def prune(source: Path, out: Path, text: Path | str, reporter: Any = None, **options: Any) -> Artifact:
@@ -45,40 +43,6 @@ def recipe_of(source: Path, text: Path | str, **options: Any) -> dict[str, Any]:
 def decisions(artifact: Artifact) -> dict[str, Any]:
     assert artifact.lineage is not None
     return dict(artifact.lineage.steps[-1].decisions)
-
-
-def small_tokenizer(kind: str) -> Tokenizer:
-    """At most as many tokens as the models of the zoo have rows."""
-    if kind == "pairs":
-        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        trainer: Any = trainers.BpeTrainer(vocab_size=90, special_tokens=SPECIAL, show_progress=False)
-    elif kind == "likeliest":
-        words = [f"▁{word}" for word in dict.fromkeys(f"{WIDE} {TEXT}".split())]
-        letters = sorted({*"".join(words)})
-        # The trainer finds hardly a piece in texts so short. Every word is one; later ones are less likely.
-        scores = [*zip(SPECIAL, [0.0] * 4, strict=True), *((letter, -20.0) for letter in letters)]
-        scores += [(word, -5.0 - place / 10) for place, word in enumerate(words)]
-        tokenizer = Tokenizer(models.Unigram(scores, unk_id=SPECIAL.index("<unk>")))
-        tokenizer.normalizer = normalizers.NFKC()
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-        tokenizer.decoder = decoders.Metaspace()
-        tokenizer.add_special_tokens(SPECIAL)
-        return tokenizer
-    else:
-        tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=90, special_tokens=SPECIAL, show_progress=False)
-    tokenizer.train_from_iterator([WIDE, TEXT], trainer)
-    return tokenizer
-
-
-def with_tokenizer(folder: Path, kind: str = "pairs") -> Path:
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=small_tokenizer(kind), **names)
-    wrapped.save_pretrained(folder)
-    return folder
 
 
 def text_file(folder: Path, text: str = TEXT) -> Path:

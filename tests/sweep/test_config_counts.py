@@ -28,7 +28,6 @@ def test_the_number_of_experts_is_told_from_that_of_heads(name: str, field: str,
     assert found is not None
     assert found.fields == (field,)
     assert found.dimensions[experts] == 0
-    assert found.gone == frozenset()
     assert not any("attn" in parameter for parameter in found.dimensions)
     before = search.shapes(document)
     assert before is not None
@@ -61,7 +60,7 @@ def test_nothing_is_found_where_nothing_depends_on_the_number(tmp_path: Path) ->
 
 
 def test_a_number_is_written_in_the_spelling_that_the_file_has() -> None:
-    count = Count(("num_local_experts",), {"num_experts": "num_local_experts"}, {}, frozenset())
+    count = Count(("num_local_experts",), {"num_experts": "num_local_experts"}, {})
     assert count.document({"num_experts": 4}, 3) == {"num_experts": 3}
     assert count.document({"num_local_experts": 4, "other": 4}, 3) == {"num_local_experts": 3, "other": 4}
     assert count.document({}, 3) == {"num_local_experts": 3}

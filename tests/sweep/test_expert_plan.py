@@ -30,7 +30,6 @@ def test_router_experts_and_numbers(name: str, tmp_path: Path) -> None:
         assert mixture.block == f"model.layers.{number}"
         assert mixture.module == f"{mixture.block}.{module}"
         assert mixture.router == f"{mixture.module}.{router}"
-        assert mixture.lists == ()
         assert set(mixture.cut.values()) == {0}
         assert f"{mixture.module}.experts.down_proj" in mixture.cut
         assert not any("shared" in parameter for parameter in mixture.cut)
