@@ -24,7 +24,13 @@ def calibration(folder: Path, samples: int = SAMPLES) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     file = folder / "tokens.safetensors"
     save_file({"input_ids": models_zoo.tokens(samples, LENGTH)}, file)
-    return {"calibration": str(file), "samples": samples, "sequence_length": LENGTH, "batch_size": 2}
+    return {
+        "calibration": str(file),
+        "samples": samples,
+        "sequence_length": LENGTH,
+        # Three batches, however much text it is.
+        "batch_size": -(-samples // 3),
+    }
 
 
 def recipe_of(source: Path, folder: Path, samples: int = SAMPLES, **options: Any) -> dict[str, Any]:

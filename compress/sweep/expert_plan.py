@@ -102,13 +102,11 @@ def _planned(asked: AskedExperts, path: Path, digest: str, task: str, trust_remo
     blocks = find_blocks(model)
     fused = _fused(blocks)
     numbers = set(fused.values())
-    if len(numbers) != 1:
+    if not numbers:
+        raise PlanError(f"{path} has no experts", "prune its width with prune.width")
+    if len(numbers) > 1:
         sizes = " and ".join(map(str, sorted(numbers)))
-        came = f"mixtures of {sizes} experts" if numbers else "no experts"
-        raise PlanError(
-            f"{path} has {came}, expected one number of experts in all mixtures",
-            "use prune.width for models without experts" if not numbers else _HINT,
-        )
+        raise PlanError(f"{path} has mixtures of {sizes} experts, expected one number for all", _HINT)
     of = numbers.pop()
     wanted = max(1, round(of * asked.keep))
     kept = next((n for n in nearest_multiples(wanted, asked.multiple, of) if n >= FEWEST), None)

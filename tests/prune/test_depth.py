@@ -31,9 +31,12 @@ from tests.depth_models import (
     without,
 )
 from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.marks import slow_but
 
 MOVING = tuple(name for name in models_zoo.CONFIGURATIONS if name != "albert")
 WITHOUT_FIRST = tuple(name for name in MOVING if name != "modernbert")
+STANDING_FOR_OTHERS = ("llama", "qwen2-sliding", "gemma2", "gpt2", "mixtral", "gpt-oss", "bert", "modernbert")
+SLOW = pytest.mark.slow
 
 
 def check_function(source: Path, out: Artifact, gone: Sequence[int]) -> None:
@@ -46,7 +49,7 @@ def check_function(source: Path, out: Artifact, gone: Sequence[int]) -> None:
     assert float((whole - expected).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("name", MOVING)
+@pytest.mark.parametrize("name", slow_but(STANDING_FOR_OTHERS, MOVING))
 def test_it_computes_what_the_big_model_does_without_a_block_in_the_middle(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,7 +67,7 @@ def test_it_computes_what_the_big_model_does_without_a_block_in_the_middle(
     assert sum(meant.changed for meant in out.lineage.tensors.values()) == said["changed"]
 
 
-@pytest.mark.parametrize("name", WITHOUT_FIRST)
+@pytest.mark.parametrize("name", slow_but(("llama", "gpt2", "mixtral"), WITHOUT_FIRST))
 def test_it_computes_what_the_big_model_does_without_its_first_block(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +114,7 @@ def test_a_block_that_computes_by_its_number_is_caught(
         prune(models_zoo.write("llama", tmp_path), tmp_path / "out")
 
 
+@SLOW
 def test_it_may_be_followed_by_others_and_generates(tmp_path: Path) -> None:
     recipe = recipe_of(models_zoo.write("qwen2-sliding", tmp_path), tmp_path, keep=0.67)
     recipe["steps"] += [
@@ -134,14 +138,14 @@ def test_it_may_be_followed_by_others_and_generates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("event", "number", "options"),
     [
-        ("block.calibrate", 3, {"contiguous": True}),
+        pytest.param("block.calibrate", 3, {"contiguous": True}, marks=SLOW),
         ("block.finish", 3, {}),
-        ("shard.tensor", 14, {}),
+        pytest.param("shard.tensor", 14, {}, marks=SLOW),
         ("shard.tensor", 14, {"repair": True}),
-        ("layer.solve", 1, {"repair": True}),
-        ("block.finish", 5, {"repair": True}),
+        pytest.param("layer.solve", 1, {"repair": True}, marks=SLOW),
+        pytest.param("block.finish", 5, {"repair": True}, marks=SLOW),
         ("depth.measure", 3, {"by": "loss"}),
-        ("artifact.rename", 1, {}),
+        pytest.param("artifact.rename", 1, {}, marks=SLOW),
     ],
 )
 def test_a_run_that_is_killed_resumes_to_the_same_bytes(
@@ -197,7 +201,7 @@ def test_what_it_takes_is_predicted(tmp_path: Path) -> None:
 # -- a model that has learned something ------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_trained_model_loses_little_and_the_repair_wins_some_of_it_back(
     shared: Path, tmp_path: Path
 ) -> None:

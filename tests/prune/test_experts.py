@@ -20,6 +20,7 @@ from compress.prune.experts import Experts
 from compress.sweep import expert_removal
 from tests import models_zoo
 from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.marks import slow_but
 
 SAMPLES, LENGTH = 6, 16
 ROUTERS = {
@@ -131,8 +132,8 @@ def gone_of(name: str, model: Any, layers: Mapping[str, Any]) -> dict[Any, list[
     }
 
 
-@pytest.mark.parametrize("by", ["effect", "use"])
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("by", slow_but(("effect",), ("effect", "use")))
+@pytest.mark.parametrize("name", slow_but(("mixtral", "qwen2-moe", "gpt-oss"), ROUTERS))
 def test_it_computes_what_the_big_model_does_when_the_others_cannot_be_chosen(
     name: str, by: str, tmp_path: Path
 ) -> None:
@@ -152,7 +153,7 @@ def test_it_computes_what_the_big_model_does_when_the_others_cannot_be_chosen(
     assert float((whole - expected).abs().max()) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize("name", slow_but(("mixtral", "gpt-oss"), ("mixtral", "qwen3-moe", "gpt-oss")))
 def test_what_stays_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
     source = write(name, tmp_path, torch.bfloat16)
     out = prune(source, tmp_path / "out", keep=0.5)
@@ -247,7 +248,13 @@ def test_an_expert_that_is_never_chosen_goes_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("event", "number"),
-    [("block.calibrate", 2), ("shard.tensor", 30), ("block.finish", 2), ("artifact.rename", 1)],
+    [
+        ("block.finish", 2),
+        *(
+            pytest.param(event, number, marks=pytest.mark.slow)
+            for event, number in (("block.calibrate", 2), ("shard.tensor", 30), ("artifact.rename", 1))
+        ),
+    ],
 )
 def test_a_run_that_is_killed_resumes_to_the_same_bytes(event: str, number: int, tmp_path: Path) -> None:
     source = write("mixtral", tmp_path)
@@ -277,6 +284,7 @@ def test_a_wrong_cut_is_caught_before_it_is_written(tmp_path: Path, monkeypatch:
         prune(source, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_it_may_be_pruned_again_and_rounded(tmp_path: Path) -> None:
     source = write("mixtral", tmp_path, num_local_experts=6)
     recipe = recipe_of(source, tmp_path)

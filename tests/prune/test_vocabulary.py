@@ -20,6 +20,7 @@ from compress.prune.vocabulary import Vocabulary
 from compress.sweep.vocabulary_files import reloaded
 from tests import models_zoo
 from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.marks import slow_but
 from tests.small_tokenizers import TEXT, with_tokenizer
 
 OTHER = "Naïve ☃ zebras quiz; 漢字\n\tand 12 more!"
@@ -92,7 +93,21 @@ def loss(folder: Path, text: str) -> float:
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", "llama-tied", "gpt2", "opt", "gpt-neox", "gemma3", "mixtral", "bert", "modernbert", "albert"],
+    slow_but(
+        ("llama", "gpt2", "gemma3", "bert", "albert"),
+        [
+            "llama",
+            "llama-tied",
+            "gpt2",
+            "opt",
+            "gpt-neox",
+            "gemma3",
+            "mixtral",
+            "bert",
+            "modernbert",
+            "albert",
+        ],
+    ),
 )
 def test_every_architecture_computes_what_it_did(name: str, tmp_path: Path) -> None:
     source = with_tokenizer(models_zoo.write(name, tmp_path))
@@ -185,7 +200,12 @@ def test_rare_tokens_go_on_request_and_the_text_takes_more_of_them(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("event", "number"), [("shard.tensor", 12), ("block.finish", 2), ("vocabulary.prove", 1)]
+    ("event", "number"),
+    [
+        ("block.finish", 2),
+        pytest.param("shard.tensor", 12, marks=pytest.mark.slow),
+        pytest.param("vocabulary.prove", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_is_killed_resumes_to_the_same_bytes(event: str, number: int, tmp_path: Path) -> None:
     source = with_tokenizer(models_zoo.write("llama", tmp_path))
@@ -236,6 +256,7 @@ def test_what_cannot_be_pruned_is_refused(tmp_path: Path) -> None:
         Vocabulary().check(Artifact.open(bare), run)
 
 
+@pytest.mark.slow
 def test_gpt2_keeps_the_pieces_of_a_text(shared: Path, tmp_path: Path) -> None:
     config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64)
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from compress.prune.width import Width
 from tests import models_zoo
 from tests.depth_models import LENGTH, calibration, decisions, loaded, numbers, outputs, tensors
 from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.marks import slow_but
 
 SAMPLES = 96
 
@@ -52,7 +53,7 @@ def read(model: Any, names: list[str]) -> dict[str, torch.Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert", "gemma2"])
+@pytest.mark.parametrize("name", slow_but(("llama", "gpt2"), ("llama", "gpt2", "opt", "bert", "gemma2")))
 def test_layers_that_lost_inputs_are_fitted_to_their_outputs_before(name: str, tmp_path: Path) -> None:
     source = models_zoo.write(name, tmp_path)
     out = prune(source, tmp_path / "out", repair=True)
@@ -87,7 +88,7 @@ def distance(model: Any, wanted: torch.Tensor, tokens: torch.Tensor) -> float:
     return float((outputs(model, tokens) - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "bert"])
+@pytest.mark.parametrize("name", slow_but(("llama", "gpt2"), ("llama", "gpt2", "phi", "bert")))
 def test_outputs_on_other_tokens_come_nearer_and_the_same_channels_stay(name: str, tmp_path: Path) -> None:
     source = models_zoo.write(name, tmp_path)
     plain = prune(source, tmp_path / "plain" / "out")

@@ -1,0 +1,11 @@
+"""Marks for single cases of a test."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
+
+
+def slow_but(fast: Collection[str], cases: Iterable[str]) -> list[Any]:
+    """Cases of a parametrized test, all of them slow but some that stand for the others."""
+    return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
