@@ -109,22 +109,28 @@ class ConfigSearch:
     ) -> dict[str, Any] | None:
         self.refusal = ""
         for edits in choices:
-            changed = self._edited(document, edits)
+            changed = self.edited(document, edits)
             if self.shapes(changed) == wanted:
                 return changed
         return None
 
-    def _edited(self, document: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:
+    def edited(self, document: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:
         """The document with some fields set, under their own names and under no alias beside it."""
         aliases = {alias for alias, name in type(self._config).attribute_map.items() if name in edits}
         return {**{name: value for name, value in document.items() if name not in aliases}, **edits}
 
-    def _build(self, document: Mapping[str, Any]) -> Shapes | None:
+    def model(self, document: Mapping[str, Any]) -> Any | None:
+        """A skeleton of what a ``config.json`` describes, or ``None`` where no model can be built."""
         try:
-            model = model_of(self.source, document, self.run)
+            return model_of(self.source, document, self.run)
         except (ModelError, StrictDataclassError, ArithmeticError, AssertionError, LookupError) as error:
             # A class may refuse a number while the configuration or while the model is built.
             self.refusal = self.refusal or " ".join(str(error.__cause__ or error).split())
+            return None
+
+    def _build(self, document: Mapping[str, Any]) -> Shapes | None:
+        model = self.model(document)
+        if model is None:
             return None
         return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 

@@ -14,16 +14,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, final
 
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from compress.core.artifact import Artifact
-from compress.core.errors import ModelError, PlanError
+from compress.core.errors import PlanError
 from compress.core.run import Run
 from compress.models.blocks import find_blocks
 from compress.models.checkpoint import Checkpoint
 from compress.models.load import configuration, skeleton
-from compress.sweep.config_search import Shapes, model_of
+from compress.sweep.config_search import ConfigSearch, Shapes
 
 _TOGETHER: Final = 2
 """How many fields that hold the number of blocks are changed at once."""
@@ -59,22 +58,21 @@ class DepthPlan:
         blocks: paths of its blocks, in order.
         stay: how many stay.
         contiguous: whether those that go must be neighbours.
-        refusal: what was said of the first selection that no configuration expresses.
     """
 
     def __init__(self, source: Artifact, run: Run, size: Size) -> None:
-        self.source, self._run = source, run
+        self.source = source
         model = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
         found = find_blocks(model)
         self.blocks = tuple(block.name for block in found)
         self.stack = self.blocks[0].rpartition(".")[0]
         self.shapes: Shapes = {name: tuple(entry.shape) for name, entry in model.named_parameters()}
         self.stay, self.contiguous = size.stay(len(self.blocks)), size.contiguous
-        self.refusal = ""
         self._outlines = [outline(block.module) for block in found]
         self._numbers = _numbers(self._outlines)
-        self._config = configuration(source.path, trust_remote_code=run.trust_remote_code)
-        self._fields: dict[str, Any] = self._config.to_dict()
+        self._search = ConfigSearch(source, run)
+        config = configuration(source.path, trust_remote_code=run.trust_remote_code)
+        self._fields: dict[str, Any] = config.to_dict()
         self._holders: tuple[str, ...] | None = None
         self._known: dict[tuple[int, ...], Mapping[str, Any] | None] = {}
         if len({block.stack for block in found}) > 1:
@@ -93,6 +91,11 @@ class DepthPlan:
                 "would stay",
                 "ask for fewer with --layers or a smaller share with --keep",
             )
+
+    @property
+    def refusal(self) -> str:
+        """What was said of the first selection that no configuration expresses."""
+        return self._search.refusal
 
     @property
     def gone(self) -> int:
@@ -139,18 +142,19 @@ class DepthPlan:
         wanted = self.shapes_of(kept)
         refusal = self.refusal
         for holders, edits in self._edits(kept):
-            document = self._edited(edits)
-            model = self._built(document)
+            document = self._search.edited(self.source.config, edits)
+            model = self._search.model(document)
             if model is not None and self._is(model, kept, wanted):
                 self._holders = holders
                 # What was said of attempts before the right one is of no interest.
-                self.refusal = refusal
+                self._search.refusal = refusal
                 return document
-        self.refusal = self.refusal or (
-            f"no configuration of '{self.source.config.get('model_type', 'the model')}' has these blocks "
-            "and no others"
-        )
+        kind = self.source.config.get("model_type", "the model")
+        self._refuse(f"no configuration of '{kind}' has these blocks and no others")
         return None
+
+    def _refuse(self, why: str) -> None:
+        self._search.refusal = self._search.refusal or why
 
     def _edits(self, kept: tuple[int, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
         """Fields that may hold the number of blocks, with what becomes of them and of lists over blocks."""
@@ -169,20 +173,6 @@ class DepthPlan:
             for holders in choices:
                 yield holders, {**dict.fromkeys(holders, len(kept)), **edits}
 
-    def _edited(self, edits: Mapping[str, Any]) -> dict[str, Any]:
-        """The configuration with some fields set, under their own names and under no alias beside it."""
-        aliases = {alias for alias, name in type(self._config).attribute_map.items() if name in edits}
-        document = self.source.config
-        return {**{name: value for name, value in document.items() if name not in aliases}, **edits}
-
-    def _built(self, document: Mapping[str, Any]) -> Any:
-        try:
-            return model_of(self.source, document, self._run)
-        except (ModelError, StrictDataclassError, ArithmeticError, AssertionError, LookupError) as error:
-            # A class may refuse a number while the configuration or while the model is built.
-            self.refusal = self.refusal or " ".join(str(error.__cause__ or error).split())
-            return None
-
     def _is(self, model: Any, kept: tuple[int, ...], wanted: Shapes) -> bool:
         """Whether a model is the one at hand with these blocks."""
         if {name: tuple(entry.shape) for name, entry in model.named_parameters()} != wanted:
@@ -195,7 +185,7 @@ class DepthPlan:
             for key, value in before.items():
                 counts = (value, after[key]) == (total, len(kept))
                 if key not in self._numbers and value != after[key] and not counts:
-                    self.refusal = self.refusal or (
+                    self._refuse(
                         f"block {number} would have other settings in its new place ({key}: {after[key]}, "
                         f"not {value})"
                     )

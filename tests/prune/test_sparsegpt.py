@@ -22,6 +22,7 @@ from tests import models_zoo
 from tests.dummies import Killed, KillingRecorder, Recorder
 
 SAMPLES, LENGTH = 8, 16
+SLOW = pytest.mark.slow
 STAGES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
@@ -93,8 +94,10 @@ def in_memory(model: Any, **options: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "same"),
     [
-        ({"refinement": 0}, {"sparsity": 0.5, "damping": 0.01}),
-        ({"sparsity": 0.3, "refinement": 4}, {"sparsity": 0.3, "damping": 0.01, "steps": 4}),
+        pytest.param({"refinement": 0}, {"sparsity": 0.5, "damping": 0.01}, marks=SLOW),
+        pytest.param(
+            {"sparsity": 0.3, "refinement": 4}, {"sparsity": 0.3, "damping": 0.01, "steps": 4}, marks=SLOW
+        ),
         ({"pattern": "2:4"}, {"pattern": (2, 4), "damping": 0.01, "steps": 16}),
         (
             {"block_size": 8, "damping": 0.1, "refinement": 2},
@@ -126,9 +129,12 @@ def test_it_does_what_plain_forward_passes_would(
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *[(name, torch.float32) for name in ("llama", "gpt2", "opt", "bert", "qwen2-moe", "phi")],
-        *[(name, torch.bfloat16) for name in ("llama", "gpt2", "mixtral")],
-        ("llama", torch.float16),
+        ("llama", torch.float32),
+        ("gpt2", torch.float32),
+        ("mixtral", torch.bfloat16),
+        *[pytest.param(name, torch.float32, marks=SLOW) for name in ("opt", "bert", "qwen2-moe", "phi")],
+        *[pytest.param(name, torch.bfloat16, marks=SLOW) for name in ("llama", "gpt2")],
+        pytest.param("llama", torch.float16, marks=SLOW),
     ],
 )
 def test_zeros_are_counted_in_the_files(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -170,8 +176,11 @@ def test_every_matrix_by_itself_loses_its_share(tmp_path: Path) -> None:
     assert decisions(out)["zeros"] == sum(int((tensor == 0).sum()) for tensor in pruned.values())
 
 
-@pytest.mark.parametrize("options", [{"pattern": "2:4"}, {"sparsity": 0.6}])
-@pytest.mark.parametrize("rounding", [{}, {"symmetric": False}, {"bits": 8, "refinement": 0}])
+@pytest.mark.parametrize("options", [{"pattern": "2:4"}, pytest.param({"sparsity": 0.6}, marks=SLOW)])
+@pytest.mark.parametrize(
+    "rounding",
+    [{}, *(pytest.param(each, marks=SLOW) for each in ({"symmetric": False}, {"bits": 8, "refinement": 0}))],
+)
 def test_zeros_survive_gptq(options: dict[str, Any], rounding: dict[str, Any], tmp_path: Path) -> None:
     source = models_zoo.write("llama", tmp_path)
     pruned = prune(source, tmp_path / "pruned", **options)
@@ -235,7 +244,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_bytes(tmp_path: Path) -> None:
             assert (resumed.path / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"pattern": "2:4"}])
 def test_it_loses_less_than_leaving_the_others_alone(
     options: dict[str, Any], shared: Path, tmp_path: Path
