@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -241,18 +242,28 @@ def _attempt(
             if cell.verdict not in ("no", "broken"):
                 return cell
         return Cell("broken", "", _public(f"{type(error).__name__} after the plan held: {error}", source))
-    if not _changed(out, find(name)):
+    if not _changed(source, out, find(name)):
         return Cell("broken", "", "nothing was changed")
     return Cell("with", _spelled(find(name), added)) if added else Cell("yes")
 
 
-def _changed(out: Path, method: type[Pass]) -> bool:
-    """Whether the artifact is in the format that an exporter writes, or else holds changed weights."""
+def _changed(source: Path, out: Path, method: type[Pass]) -> bool:
+    """Whether the artifact is in the format that an exporter writes, or else holds other weights."""
     artifact = Artifact.open(out)
     if Fact.TRANSFORMERS in method.breaks:
         return method.gives <= artifact.facts
     tensors = artifact.lineage.tensors if artifact.lineage is not None else {}
-    return any(meant.changed for meant in tensors.values())
+    # Without its last block a model has fewer weights, and no other ones.
+    return any(meant.changed for meant in tensors.values()) or _names(out) != _names(source)
+
+
+def _names(folder: Path) -> set[str]:
+    """The names of all tensors in a model folder."""
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as handle:
+            names.update(handle.keys())
+    return names
 
 
 def _remedies(hint: str, method: type[Pass], added: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -53,14 +53,17 @@ def as_they_are(names: list[str]) -> dict[str, Piece]:
     return {name: Piece(name) for name in names}
 
 
-def finish_unread(walk: Walk, unit: str, position: int, pieces: Mapping[str, Piece]) -> UnitRecord:
+def finish_unread(
+    walk: Walk, unit: str, position: int, pieces: Mapping[str, Piece], *, units: int | None = None
+) -> UnitRecord:
     """Write a unit through which no batch runs, and note that it is finished.
 
     Args:
         unit: its name.
+        position, pieces, units: as for `write_pieces`.
     """
     walk.run.reporter.event("block.start", block=unit, position=position)
-    record = write_pieces(walk, position, pieces, [])
+    record = write_pieces(walk, position, pieces, [], units=units)
     walk.finish(position, record, None)
     return record
 

@@ -24,7 +24,7 @@ from compress.models.load import skeleton
 from compress.models.writers import Writer
 from compress.sweep.activations import Activations
 from compress.sweep.config_search import changes
-from compress.sweep.cutting import Piece, as_they_are, write_pieces
+from compress.sweep.cutting import Piece, as_they_are, finish_unread, write_pieces
 from compress.sweep.depth_choice import Judgement
 from compress.sweep.depth_loss import judge_by_loss
 from compress.sweep.depth_plan import DepthPlan, DiskNames, Size, disk_names, plan_depth
@@ -225,7 +225,10 @@ class _Shortening:
                 records.append(record or self._unit(unit, activations, reentry))
                 return_freed()
                 advance(1)
-            records.append(walk.finished(OUTSIDE, len(self._units)) or self._outside())
+            last, rest = len(self._units), as_they_are(walk.outside_names())
+            records.append(
+                walk.finished(OUTSIDE, last) or finish_unread(walk, OUTSIDE, last, rest, units=last + 1)
+            )
             advance(1)
         walk.complete(records, self.config)
         self._warn(records)
@@ -288,13 +291,6 @@ class _Shortening:
         rows[len(unit.before)] |= made.row
         record = write_pieces(walk, unit.number, self._pieces(unit, made), rows, units=len(self._units) + 1)
         walk.finish(unit.number, record, activations)
-        return record
-
-    def _outside(self) -> UnitRecord:
-        walk, number = self.walk, len(self._units)
-        walk.run.reporter.event("block.start", block=OUTSIDE, position=len(walk.blocks))
-        record = write_pieces(walk, number, as_they_are(walk.outside_names()), [], units=number + 1)
-        walk.finish(number, record, None)
         return record
 
     def _advance_original(self, block: Block, activations: Activations, reentry: Reentry) -> None:
