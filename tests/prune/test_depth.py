@@ -139,7 +139,7 @@ def test_it_may_be_followed_by_others_and_generates(tmp_path: Path) -> None:
     ("event", "number", "options"),
     [
         pytest.param("block.calibrate", 3, {"contiguous": True}, marks=SLOW),
-        ("block.finish", 3, {}),
+        pytest.param("block.finish", 3, {}, marks=SLOW),
         pytest.param("shard.tensor", 14, {}, marks=SLOW),
         ("shard.tensor", 14, {"repair": True}),
         pytest.param("layer.solve", 1, {"repair": True}, marks=SLOW),

@@ -18,6 +18,7 @@ from compress.core.passes import build
 from compress.core.run import CalibrationSource, Run
 from compress.prune.experts import Experts
 from compress.sweep import expert_removal
+from compress.sweep.expert_plan import AskedExperts, plan_experts
 from tests import models_zoo
 from tests.dummies import Killed, KillingRecorder, Recorder
 from tests.marks import slow_but
@@ -228,8 +229,9 @@ def test_a_token_uses_no_more_experts_than_there_are(tmp_path: Path) -> None:
 
 def test_two_experts_stay_and_the_multiple_is_kept(tmp_path: Path) -> None:
     source = write("qwen3-moe", tmp_path, num_experts=8)
-    assert decisions(prune(source, tmp_path / "a", keep=0.1))["experts"] == {"of": 8, "asked": 1, "got": 2}
-    said = decisions(prune(source, tmp_path / "b", keep=0.65, multiple=4))
+    plan = plan_experts(AskedExperts(0.1), Artifact.open(source), Run())
+    assert (plan.of, plan.asked, plan.kept) == (8, 1, 2)
+    said = decisions(prune(source, tmp_path / "out", keep=0.65, multiple=4))
     assert said["experts"] == {"of": 8, "asked": 5, "got": 4}
 
 

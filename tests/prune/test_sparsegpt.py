@@ -99,9 +99,10 @@ def in_memory(model: Any, **options: Any) -> None:
             {"sparsity": 0.3, "refinement": 4}, {"sparsity": 0.3, "damping": 0.01, "steps": 4}, marks=SLOW
         ),
         ({"pattern": "2:4"}, {"pattern": (2, 4), "damping": 0.01, "steps": 16}),
-        (
+        pytest.param(
             {"block_size": 8, "damping": 0.1, "refinement": 2},
             {"sparsity": 0.5, "block": 8, "damping": 0.1, "steps": 2},
+            marks=SLOW,
         ),
     ],
 )
@@ -195,6 +196,7 @@ def test_zeros_survive_gptq(options: dict[str, Any], rounding: dict[str, Any], t
         assert not torch.equal(values[name], weight)
 
 
+@SLOW
 def test_values_are_those_that_the_file_can_hold(tmp_path: Path) -> None:
     # Loaded in bfloat16 from a file in float32, and in float32 from a file in bfloat16.
     for on_disk, loaded in ((torch.float32, "bfloat16"), (torch.bfloat16, "float32")):

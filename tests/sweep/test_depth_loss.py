@@ -22,6 +22,7 @@ from tests.depth_models import (
     prune,
     without,
 )
+from tests.marks import slow_but
 
 
 def losses(source: Path, gone: Sequence[int]) -> float:
@@ -51,7 +52,7 @@ def test_neighbours_go_by_the_loss_without_them(tmp_path: Path) -> None:
     assert numbers(said["blocks"]["gone"]) == [best, best + 1]
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert"])
+@pytest.mark.parametrize("name", slow_but(("bert",), ("bert", "modernbert")))
 def test_an_encoder_is_judged_by_how_far_its_vectors_turn(name: str, tmp_path: Path) -> None:
     source = models_zoo.write(name, tmp_path)
     said = decisions(prune(source, tmp_path / "out", by="loss", measured_samples=4))

@@ -88,7 +88,7 @@ def distance(model: Any, wanted: torch.Tensor, tokens: torch.Tensor) -> float:
     return float((outputs(model, tokens) - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("name", slow_but(("llama", "gpt2"), ("llama", "gpt2", "phi", "bert")))
+@pytest.mark.parametrize("name", slow_but(("llama",), ("llama", "gpt2", "phi", "bert")))
 def test_outputs_on_other_tokens_come_nearer_and_the_same_channels_stay(name: str, tmp_path: Path) -> None:
     source = models_zoo.write(name, tmp_path)
     plain = prune(source, tmp_path / "plain" / "out")
@@ -107,6 +107,7 @@ def test_outputs_on_other_tokens_come_nearer_and_the_same_channels_stay(name: st
     assert len(moved) == len(rows)
 
 
+@pytest.mark.slow
 def test_half_precision_is_kept_and_what_moved_is_said(tmp_path: Path) -> None:
     source = models_zoo.write("llama", tmp_path, dtype=torch.bfloat16)
     plain = prune(source, tmp_path / "plain" / "out")

@@ -26,6 +26,7 @@ from compress.sweep.matrices import Matrix, find_matrices
 from compress.sweep.shares import GRID, choices, settle
 from tests import models_zoo
 from tests.dummies import Recorder
+from tests.marks import slow_but
 
 SAMPLES, LENGTH = 8, 16
 
@@ -136,7 +137,7 @@ def divergence(model: Any, part: Sequence[str], share: float, by_input: bool) ->
     "masker",
     [
         Wanda(ratios="sensitivity", spread=0.2),
-        Magnitude(ratios="sensitivity", spread=0.2, scope="row"),
+        pytest.param(Magnitude(ratios="sensitivity", spread=0.2, scope="row"), marks=pytest.mark.slow),
     ],
     ids=["wanda", "magnitude"],
 )
@@ -152,7 +153,7 @@ def test_sensitivity_is_the_divergence_of_a_plain_forward_pass(masker: Any, run:
             assert parts[part]["divergence"][share] == pytest.approx(expected, rel=2e-2, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize("name", slow_but(("llama", "mixtral"), ("llama", "mixtral", "gpt2")))
 def test_the_choice_keeps_the_mean_and_is_no_worse_than_the_same_for_all(
     name: str, run: Run, tmp_path: Path
 ) -> None:
