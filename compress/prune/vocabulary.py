@@ -33,7 +33,6 @@ from compress.core.passes import Needs, Outcome, Paper, Pass
 if TYPE_CHECKING:
     from compress.core.artifact import Artifact
     from compress.core.run import Run
-    from compress.sweep.vocabulary import Limits
 
 
 @final
@@ -68,15 +67,10 @@ class Vocabulary(Pass):
         """Refuse what cannot be pruned, and predict the work; see `compress.sweep.vocabulary`."""
         from compress.sweep.vocabulary import check
 
-        return check(self._limits(), source, run)
+        return check(source, run)
 
     def apply(self, source: "Artifact", target: Path, run: "Run") -> Outcome:
         """Read the text, choose tokens, cut rows and rewrite files; see `compress.sweep.vocabulary`."""
-        from compress.sweep.vocabulary import prune
+        from compress.sweep.vocabulary import Limits, prune
 
-        return prune(self._limits(), source, target, run)
-
-    def _limits(self) -> "Limits":
-        from compress.sweep.vocabulary import Limits
-
-        return Limits(self.least, self.multiple)
+        return prune(Limits(self.least, self.multiple), source, target, run)

@@ -51,14 +51,13 @@ class Limits:
     multiple: int
 
 
-def check(limits: Limits, source: Artifact, run: Run) -> Needs:
+def check(source: Artifact, run: Run) -> Needs:
     """Refuse what cannot be pruned, and predict the work. The text is not read.
 
     Raises:
         PlanError: there is no tokenizer or no text, the tokenizer is of another kind, or the model keeps
             something for each token that is not understood.
     """
-    del limits  # what they come to is known when the text was read
     text = _text(source, run)
     model = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
     checkpoint = Checkpoint(source, model)

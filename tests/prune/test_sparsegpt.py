@@ -261,7 +261,7 @@ def test_it_loses_less_than_leaving_the_others_alone(
             model = transformers.LlamaForCausalLM.from_pretrained(path).float()
             return float(model(input_ids=tokens, labels=tokens).loss)
 
-    losses = {}
+    losses: dict[str, float] = {}
     for use, more in (
         ("prune.magnitude", {}),
         ("prune.wanda", {}),
