@@ -144,12 +144,11 @@ def _fused(blocks: Sequence[Block]) -> dict[str, int]:
     transformers loads the experts of its own architectures so, however they lie on disk.
     """
     return {
-        f"{block.name}.{path}.{leaf}": len(parameter)
+        f"{block.name}.{name}": len(parameter)
         for block in blocks
-        for path, module in block.module.named_modules()
-        if not isinstance(module, _ConvNd)
-        for leaf, parameter in module.named_parameters(recurse=False)
+        for name, parameter in block.module.named_parameters()
         if parameter.dim() == 3
+        and not isinstance(block.module.get_submodule(name.rpartition(".")[0]), _ConvNd)
     }
 
 
