@@ -20,7 +20,7 @@ from compress.core.errors import PlanError
 from compress.core.run import Run
 from compress.models.blocks import Block, find_blocks
 from compress.models.load import configuration, skeleton
-from compress.sweep.config_counts import Count, find_count, spellings
+from compress.sweep.config_counts import Count, find_count, resized, spellings
 from compress.sweep.config_search import ConfigSearch, Shapes, model_of
 from compress.sweep.narrow_plan import nearest_multiples
 
@@ -71,7 +71,6 @@ class ExpertPlan:
         chosen: experts that a token uses after: as many, or all that stay where these are fewer.
         mixtures: in the order of the model.
         config: the ``config.json`` of the smaller model.
-        shapes: of all its parameters.
     """
 
     of: int
@@ -81,7 +80,6 @@ class ExpertPlan:
     chosen: int
     mixtures: tuple[Mixture, ...]
     config: Mapping[str, Any]
-    shapes: Shapes
 
 
 def plan_experts(asked: AskedExperts, source: Artifact, run: Run) -> ExpertPlan:
@@ -132,10 +130,10 @@ def _planned(asked: AskedExperts, path: Path, digest: str, task: str, trust_remo
     if kept < chosen_of:
         document = chosen.document(document, kept)
     smaller = found.document(document, kept)
-    after = search.shapes(smaller)
-    if after is None:
-        raise PlanError(f"{path} cannot have {kept} of {of} experts: {search.refusal}", _HINT)
-    return ExpertPlan(of, wanted, kept, chosen_of, min(chosen_of, kept), mixtures, smaller, after)
+    if search.shapes(smaller) != resized(shapes, found, kept):
+        why = search.refusal or "its parameters would have other shapes"
+        raise PlanError(f"{path} cannot have {kept} of {of} experts: {why}", _HINT)
+    return ExpertPlan(of, wanted, kept, chosen_of, min(chosen_of, kept), mixtures, smaller)
 
 
 def _fused(blocks: Sequence[Block]) -> dict[str, int]:

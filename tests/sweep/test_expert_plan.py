@@ -8,6 +8,7 @@ import transformers
 from compress.core.artifact import Artifact
 from compress.core.errors import PlanError
 from compress.core.run import Run
+from compress.sweep.config_search import ConfigSearch
 from compress.sweep.expert_plan import AskedExperts, plan_experts
 from tests import models_zoo
 
@@ -33,8 +34,10 @@ def test_router_experts_and_numbers(name: str, tmp_path: Path) -> None:
         assert set(mixture.cut.values()) == {0}
         assert f"{mixture.module}.experts.down_proj" in mixture.cut
         assert not any("shared" in parameter for parameter in mixture.cut)
+    shapes = ConfigSearch(source, Run()).shapes(plan.config)
+    assert shapes is not None
     for parameter, place in plan.mixtures[0].cut.items():
-        assert plan.shapes[parameter][place] == 3
+        assert shapes[parameter][place] == 3
 
 
 def test_blocks_without_a_mixture_are_left_alone(tmp_path: Path) -> None:
