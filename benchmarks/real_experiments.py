@@ -8,7 +8,6 @@ import hashlib
 import json
 import random
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,6 +114,7 @@ class Recorder:
         time_limit: float,
         threads: int,
         order: random.Random,
+        imported: Sequence[str] = (),
     ) -> list[isolate.Reply]:
         """The replies to requests.
 
@@ -136,7 +136,8 @@ class Recorder:
             time_limit=time_limit,
             threads=threads,
             order=order,
-            commands=[self._command(one) for one in requests],
+            imported=imported,
+            programs=[self._program(one) for one in requests],
         )
         # Processes that take turns have one time for all of them.
         seconds = (time.monotonic() - started) / len(requests)
@@ -154,9 +155,9 @@ class Recorder:
                 lines.write(json.dumps(line) + "\n")
         return replies
 
-    def _command(self, request: Mapping[str, Any]) -> Sequence[str]:
+    def _program(self, request: Mapping[str, Any]) -> Sequence[str]:
         faults = self.planted.get(request["artifact"])
-        return isolate.WORKER if faults is None else (sys.executable, str(HERE / "planting.py"), *faults)
+        return isolate.WORKER if faults is None else (str(HERE / "planting.py"), *faults)
 
 
 @dataclass

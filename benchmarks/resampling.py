@@ -21,7 +21,7 @@ import numpy as np
 from scipy import stats
 
 from compress.bench.judging import judge
-from compress.bench.looks import further_rounds
+from compress.bench.looks import error_share, further_rounds
 from compress.bench.results import ArmResult, merged
 from compress.core.bench import Bench
 from compress.core.gate import Gate, Verdict
@@ -122,10 +122,12 @@ def experiment(gate: Gate, draw: Draw, options: Bench, overhead: float) -> Outco
     rounds = [draw() for _ in range(options.launches)]
     look = 1
     while True:
-        (judgement,) = judge([gate], arms_of(rounds, gate.metric), options)
         seconds = sum(launch.seconds for found in rounds for launch in found.values())
         more = further_rounds(len(rounds), seconds / len(rounds), options.budget - overhead - seconds)
-        if judgement.verdict is not Verdict.UNDECIDED or look == options.looks or not more:
+        last = look == options.looks or not more
+        share = error_share(look, options.looks, last=last)
+        (judgement,) = judge([gate], arms_of(rounds, gate.metric), options, share)
+        if judgement.verdict is not Verdict.UNDECIDED or last:
             return Outcome(judgement.verdict, len(rounds))
         rounds += [draw() for _ in range(more)]
         look += 1
@@ -273,7 +275,7 @@ def _verdict_on_changes(
         arm_of("before", gate.metric, accuracies(before)),
         arm_of("after", gate.metric, accuracies(after)),
     ]
-    return judge([gate], arms, options)[0].verdict
+    return judge([gate], arms, options, 1.0)[0].verdict
 
 
 def accuracies(right: Sequence[float]) -> Measurement:

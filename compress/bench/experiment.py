@@ -22,7 +22,7 @@ from compress.bench.arms import Arm, arms_of, baseline, check_arms
 from compress.bench.environment import describe
 from compress.bench.flips import flips_of
 from compress.bench.judging import compare_arms, judge
-from compress.bench.looks import further_rounds
+from compress.bench.looks import error_share, further_rounds
 from compress.bench.material import Material, prepare
 from compress.bench.metrics import (
     Metric,
@@ -172,6 +172,7 @@ class _Experiment:
     prepare: Callable[[Bench], Mapping[Path, Material]]
     order: list[str] = field(default_factory=list)
     looks: int = 1
+    last_look: bool = False
     rounds: int = 0
 
     def __post_init__(self) -> None:
@@ -208,25 +209,35 @@ class _Experiment:
                 self._pass(stage, advance)
             self._launches(self.options.launches, advance)
         while open_metrics := self._undecided(gates):
-            stages = {metric.stage for metric in open_metrics}
-            if self.looks >= self.options.looks:
-                break
             left = self.options.budget - (time.monotonic() - started)
-            if Stage.SCORING in stages:
-                # The next look scores twice the text.
-                left -= 2 * self._seconds[Stage.SCORING]
-            rounds = 0
-            if Stage.TIMING in stages:
-                rounds = further_rounds(self.rounds, self._seconds[Stage.TIMING] / self.rounds, left)
-            if left < 0 or (Stage.TIMING in stages and not rounds):
-                self.reporter.message(
-                    f"undecided after {self.looks} looks, and the budget of {self.options.budget:g} s "
-                    "has no room for one more"
-                )
+            if not self._look_again(open_metrics, left):
+                self.last_look = True
                 break
-            if not self._look(open_metrics, rounds):
-                self.reporter.message("undecided, and there is no more text to score")
-                break
+        if self.last_look and self._undecided(gates):
+            self.reporter.message(
+                f"undecided after {self.looks} looks: there may be {self.options.looks}, the budget is "
+                f"{self.options.budget:g} s, and there must be more to measure"
+            )
+
+    def _look_again(self, open_metrics: Collection[Metric], left: float) -> bool:
+        """Measure more of what is undecided; whether there was room for that.
+
+        Args:
+            open_metrics: what is undecided.
+            left: seconds of the budget.
+        """
+        if self.looks >= self.options.looks:
+            return False
+        stages = {metric.stage for metric in open_metrics}
+        if Stage.SCORING in stages:
+            # The next look scores twice the text.
+            left -= 2 * self._seconds[Stage.SCORING]
+        rounds = 0
+        if Stage.TIMING in stages:
+            rounds = further_rounds(self.rounds, self._seconds[Stage.TIMING] / self.rounds, left)
+        if left < 0 or (Stage.TIMING in stages and not rounds):
+            return False
+        return self._look(open_metrics, rounds)
 
     def _look(self, open_metrics: Collection[Metric], rounds: int) -> bool:
         """Measure more of what is undecided, twice the text and some rounds; whether there was more."""
@@ -278,7 +289,7 @@ class _Experiment:
         results = [arm.result() for arm in self.arms]
         open_quantities = {
             judgement.metric
-            for judgement in judge(gates, results, self.options)
+            for judgement in judge(gates, results, self.options, self._error_share)
             if judgement.verdict is Verdict.UNDECIDED and not self._complete(judgement)
         }
         metrics = [find(name) for name in dict.fromkeys(name for arm in self.arms for name in arm.metrics)]
@@ -288,6 +299,10 @@ class _Experiment:
             if metric.stage in (Stage.TIMING, Stage.SCORING)
             and any(quantity.name in open_quantities for quantity in metric.quantities)
         ]
+
+    @property
+    def _error_share(self) -> float:
+        return error_share(self.looks, self.options.looks, last=self.last_look)
 
     def _complete(self, judgement: Judgement) -> bool:
         """Whether a gate judged all that there is to measure."""
@@ -381,10 +396,11 @@ class _Experiment:
             environment=self.environment,
             order=tuple(self.order),
             looks=self.looks,
+            last_look=self.last_look,
             arms=tuple(arms),
             comparisons=tuple(compare_arms(arms, self.options)) if complete else (),
             flips=tuple(self._flips(arms)) if complete else (),
-            judgements=tuple(judge(gates or (), arms, self.options)),
+            judgements=tuple(judge(gates or (), arms, self.options, self._error_share)),
         )
         results.write(self.out / name)
         return results

@@ -6,7 +6,8 @@ honest start of a timing: no allocator, cache or thread pool is warm from the ar
 
 Processes that are run together take turns. Each imports what it needs, says that it is ready, and waits;
 from then on one of them works at a time and all others are blocked. So samples that are to be compared lie
-as near in time as they can, and a machine that drifts slows them alike.
+as near in time as they can, and a machine that drifts slows them alike. What all of them import may be
+imported once, in a process of which they are copies (`compress.bench.nursery`).
 """
 
 import contextlib
@@ -23,12 +24,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Final, Literal, Self, final
+from typing import Any, Final, Literal, Self, final
 
 from compress.bench import cgroup
+from compress.bench.nursery import Copy, Nursery, Program
 from compress.bench.results import Fault
 
-WORKER: Final = (sys.executable, "-m", "compress.bench.worker")
+WORKER: Final = ("-m", "compress.bench.worker")
+"""What a Python interpreter is given."""
 _TAIL: Final = 2_000
 """Characters of a dying process's last words that are kept."""
 _POLL_SECONDS: Final = 0.1
@@ -55,7 +58,8 @@ def run(
     time_limit: float,
     threads: int,
     order: random.Random | None = None,
-    commands: Sequence[Sequence[str]] | None = None,
+    imported: Sequence[str] = (),
+    programs: Sequence[Sequence[str]] | None = None,
 ) -> list[Reply]:
     """Run each request in a fresh process, and wait for all of them; several take turns.
 
@@ -72,14 +76,27 @@ def run(
             it started are killed.
         threads: of its arithmetic libraries, set before they are imported.
         order: draws the order of each round of turns; without one it is that of the requests.
-        commands: the worker of each request.
+        imported: modules that one process imports, of which those of the requests are copies; where there
+            are none, or the system cannot fork safely, each is started by itself.
+        programs: the worker of each request, as a Python interpreter is given it.
     """
-    workers = [WORKER] * len(requests) if commands is None else commands
+    workers = [WORKER] * len(requests) if programs is None else programs
     with contextlib.ExitStack() as stack:
         processes = [
-            stack.enter_context(_Process(request, stage, threads, command))
-            for request, command in zip(requests, workers, strict=True)
+            stack.enter_context(_Process(request, stage, worker))
+            for request, worker in zip(requests, workers, strict=True)
         ]
+        environment = _environment(threads)
+        if imported and sys.platform == "linux":
+            nursery = Nursery(
+                [process.program for process in processes], imported, environment, processes[0].words
+            )
+            copies = stack.enter_context(nursery).copies
+            for process, copy in zip(processes, copies, strict=True):
+                process.runs_as(copy)
+        else:
+            for process in processes:
+                process.runs_as(_started(process.program, environment))
         waiting = [process for process in processes if process.waits(time_limit)]
         while waiting:
             turns = waiting if order is None else order.sample(waiting, len(waiting))
@@ -88,40 +105,54 @@ def run(
         return [process.reply() for process in processes]
 
 
+def _environment(threads: int) -> dict[str, str]:
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.environ.get("PYTHONPATH")
+    return {
+        **os.environ,
+        **dict.fromkeys(_THREADS, str(threads)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root,
+    }
+
+
+def _started(program: Program, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    with Path(program.output).open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, *program.arguments],
+            stdin=program.input,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            pass_fds=(program.kept,),
+        )
+
+
 @final
 class _Process:
     """One measured process, until it is left."""
 
-    def __init__(self, request: Mapping[str, Any], stage: str, threads: int, command: Sequence[str]) -> None:
+    def __init__(self, request: Mapping[str, Any], stage: str, worker: Sequence[str]) -> None:
         self._stage = stage
         self._cgroup = request.get("cgroup")
         self._late: float | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="compress-bench-")
         self._answer = Path(self._folder.name) / "reply.json"
-        self._words = Path(self._folder.name) / "output.txt"
-        environment = {
-            **os.environ,
-            **dict.fromkeys(_THREADS, str(threads)),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        root = str(Path(__file__).resolve().parents[2])
-        path = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = f"{root}{os.pathsep}{path}" if path else root
-        self._ready, theirs = os.pipe()
-        try:
-            with self._words.open("wb") as output:
-                self._process = subprocess.Popen(
-                    [*command, str(self._answer)],
-                    stdin=subprocess.PIPE,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    start_new_session=True,
-                    pass_fds=(theirs,),
-                )
-        finally:
-            os.close(theirs)
-        self._say(json.dumps({**request, "turns": theirs}))
+        self.words = Path(self._folder.name) / "output.txt"
+        self.words.touch()
+        self._ready, kept = os.pipe()
+        given, self._given = os.pipe()
+        self.program = Program((*worker, str(self._answer)), given, str(self.words), kept)
+        self._request = {**request, "turns": kept}
+        self._process: subprocess.Popen[bytes] | Copy | None = None
+
+    def runs_as(self, process: "subprocess.Popen[bytes] | Copy") -> None:
+        """From now on this is its process, which gets the request."""
+        self._process = process
+        os.close(self.program.input)
+        os.close(self.program.kept)
+        self._say(json.dumps(self._request))
 
     def __enter__(self) -> Self:
         return self
@@ -130,11 +161,12 @@ class _Process:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Also when we ourselves are interrupted: nothing may go on running behind.
-        if self._process.poll() is None:
+        if self._process is None:
+            os.close(self.program.input)
+            os.close(self.program.kept)
+        elif self._process.poll() is None:
             self._kill()
-        # Closing says to the pipe what could not be said before, to a process that is gone.
-        with contextlib.suppress(BrokenPipeError):
-            _stdin(self._process).close()
+        os.close(self._given)
         os.close(self._ready)
         if self._cgroup is not None:
             cgroup.remove(self._cgroup)
@@ -162,7 +194,7 @@ class _Process:
         if self._late is not None:
             message = f"no end after {self._late:g} s"
             return Reply(fault=Fault(stage=self._stage, kind="timed-out", message=message))
-        return _judged(self._process.returncode, self._answer, self._words, self._stage)
+        return _judged(self._running.wait(), self._answer, self.words, self._stage)
 
     def _state(self, seconds: float) -> Literal["works", "waits", "ended"]:
         """What it does, as soon as that changes, or after some seconds."""
@@ -173,29 +205,30 @@ class _Process:
                     return "waits"
                 # The pipe has ended, so the process is about to.
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(seconds)
-        return "works" if self._process.poll() is None else "ended"
+                    self._running.wait(seconds)
+        return "works" if self._running.poll() is None else "ended"
 
     def _say(self, line: str) -> None:
         # A process that is gone already is judged by how it ended.
         with contextlib.suppress(BrokenPipeError):
-            _stdin(self._process).write(f"{line}\n".encode())
-            _stdin(self._process).flush()
+            rest = memoryview(f"{line}\n".encode())
+            while rest:
+                rest = rest[os.write(self._given, rest) :]
 
     def _kill(self) -> None:
-        """End the process and the session that it leads."""
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        finally:
-            self._process.wait()
+        """End the process and all that it started."""
+        if isinstance(self._running, Copy):
+            self._running.kill()
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._running.pid, signal.SIGKILL)
+        self._running.wait()
 
-
-def _stdin(process: "subprocess.Popen[bytes]") -> IO[bytes]:
-    if process.stdin is None:
-        raise ValueError("the process was started without a pipe to its standard input")
-    return process.stdin
+    @property
+    def _running(self) -> "subprocess.Popen[bytes] | Copy":
+        if self._process is None:
+            raise RuntimeError("the process was not started")
+        return self._process
 
 
 def _judged(code: int, answer: Path, words: Path, stage: str) -> Reply:

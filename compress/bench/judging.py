@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from compress.bench.arms import baseline, chosen
+from compress.bench.looks import error_share
 from compress.bench.results import ArmResult, Comparison, Contingency, Results
 from compress.bench.statistics import Incomparable, effect, mcnemar
 from compress.core.bench import Bench
@@ -52,10 +53,17 @@ def _comparison(
     )
 
 
-def judge(gates: Sequence[Gate], arms: Sequence[ArmResult], options: Bench) -> list[Judgement]:
-    """Every gate on every pair of arms that it means."""
+def judge(gates: Sequence[Gate], arms: Sequence[ArmResult], options: Bench, share: float) -> list[Judgement]:
+    """Every gate on every pair of arms that it means.
+
+    Args:
+        gates: of the experiment, or others.
+        arms: all of them.
+        options: of the experiment.
+        share: of a gate's error, that this look may spend (`compress.bench.looks.error_share`).
+    """
     return [
-        _judged(gate, reference, arm, arms, options)
+        _judged(gate, reference, arm, arms, options, share)
         for gate in gates
         for arm in chosen(gate.arms.after, "after", arms)
         for reference in (
@@ -72,11 +80,12 @@ def judge_again(results: Results, gates: Sequence[Gate]) -> Results:
     """
     check_metrics(gates, {name for arm in results.arms for name in arm.measurements})
     options = Bench.of(results.options)
-    return results.model_copy(update={"judgements": tuple(judge(gates, results.arms, options))})
+    share = error_share(results.looks, options.looks, last=results.last_look)
+    return results.model_copy(update={"judgements": tuple(judge(gates, results.arms, options, share))})
 
 
 def _judged(
-    gate: Gate, before: ArmResult, after: ArmResult, arms: Sequence[ArmResult], options: Bench
+    gate: Gate, before: ArmResult, after: ArmResult, arms: Sequence[ArmResult], options: Bench, share: float
 ) -> Judgement:
     value, reference = after.measurements.get(gate.metric), before.measurements.get(gate.metric)
     if value is None:
@@ -90,10 +99,10 @@ def _judged(
         lost = chosen(gate.arms.damaged, "after", arms, runtime=after.runtime)[0]
         damaged = lost.measurements.get(gate.metric)
     try:
-        found = _effect(gate, value, reference, options, damaged)
+        found = _effect(gate, value, reference, options, share, damaged)
     except Incomparable as error:
         return gate.invalid(str(error), before.name, after.name)
-    noise = _noise(gate, before, arms, options)
+    noise = _noise(gate, before, arms, options, share)
     if noise is not None:
         return gate.invalid(noise, before.name, after.name)
     return gate.judge(found, value.better, before=before.name, after=after.name)
@@ -104,17 +113,15 @@ def _effect(
     value: Measurement,
     reference: Measurement | None,
     options: Bench,
+    share: float,
     damaged: Measurement | None = None,
 ) -> Effect:
     """The interval that a gate judges, wide enough for all the looks that it may get.
 
-    There is one look at what further ones would find the same. Of several, each errs with the share of the
-    gate's error that falls to it (Bonferroni), so whichever look decides, the verdict errs at most as often
-    as the gate says.
+    There is one look at what further ones would find the same, and it has the whole error.
     """
     again = options.budget > 0 and value.summary != "exact" and not value.complete
-    looks = options.looks if again else 1
-    confidence = 1 - (1 - gate.confidence) / looks
+    confidence = 1 - (1 - gate.confidence) * (share if again else 1)
     return _found(value, reference, gate.wants, confidence, options, damaged)
 
 
@@ -161,7 +168,9 @@ def _found(
     return found.model_copy(update={"method": said})
 
 
-def _noise(gate: Gate, before: ArmResult, arms: Sequence[ArmResult], options: Bench) -> str | None:
+def _noise(
+    gate: Gate, before: ArmResult, arms: Sequence[ArmResult], options: Bench, share: float
+) -> str | None:
     """Why the machine was too unsteady for a gate: BEFORE would not pass it against itself."""
     again = next((arm for arm in arms if arm.role == "again" and arm.runtime == before.runtime), None)
     if again is None or before.role != "before" or gate.test != "non-inferiority":
@@ -170,7 +179,7 @@ def _noise(gate: Gate, before: ArmResult, arms: Sequence[ArmResult], options: Be
     if value is None or value.value is None or reference is None:
         return None
     try:
-        judgement = gate.judge(_effect(gate, value, reference, options), value.better)
+        judgement = gate.judge(_effect(gate, value, reference, options, share), value.better)
     except Incomparable:
         # Too few of its launches can be trusted to tell the noise.
         return None

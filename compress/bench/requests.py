@@ -12,6 +12,7 @@ from compress.bench.arms import Arm
 from compress.bench.environment import holds_context
 from compress.bench.material import Material
 from compress.bench.metrics import Stage
+from compress.bench.worker import LIBRARIES
 from compress.core.bench import Bench
 from compress.core.events import Reporter
 from compress.models.tasks import Task
@@ -72,12 +73,15 @@ class Requests:
         named = f"{stage.value} {launch}" if launch else stage.value
         for arm in arms:
             self.reporter.event("bench.run", arm=arm.name, stage=named)
+        # What a process takes by itself is seen in one that shares nothing; copies are not worth it for one.
+        copies = stage is not Stage.MEMORY and len(arms) > 1
         replies = self.runner(
             [self._asked(arm, stage) for arm in arms],
             stage=named,
             time_limit=self.options.time_limit,
             threads=self.threads,
             order=self.order,
+            imported=LIBRARIES if copies else (),
         )
         return [self._taken(arm, stage, named, reply) for arm, reply in zip(arms, replies, strict=True)]
 

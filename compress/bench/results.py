@@ -153,6 +153,11 @@ class Results(BaseModel):
     environment: dict[str, Any] = Field(description="hardware and versions")
     order: tuple[str, ...] = Field(default=(), description="arms in the order in which they were launched")
     looks: int = Field(default=1, description="how often the gates were looked at")
+    last_look: bool = Field(
+        default=False,
+        description="whether no further look could follow, so that this one spent all that was left of the "
+        "gates' error",
+    )
     arms: tuple[ArmResult, ...] = Field(default=(), description="measured arms")
     comparisons: tuple[Comparison, ...] = Field(default=(), description="AFTER against BEFORE")
     flips: tuple[Flips, ...] = Field(default=(), description="answers that changed, with examples")

@@ -8,14 +8,14 @@ hang) is seen by the process that started it (`compress.bench.isolate`).
 import json
 import os
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from compress.bench import cgroup
+from compress.bench.nursery import end_with
 from compress.core.errors import CompressError
 
 if TYPE_CHECKING:
@@ -23,9 +23,20 @@ if TYPE_CHECKING:
     from compress.core.measurement import Measurement
 
 
+LIBRARIES: Final = (
+    "torch",
+    "transformers.modeling_utils",
+    "compress.bench.log_probabilities",
+    "compress.bench.metrics",
+    "compress.models.load",
+    "compress.runtimes",
+)
+"""What every request needs and takes seconds to import."""
+
+
 def main() -> None:
     """Answer one request."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with(os.getppid())
     request = json.loads(sys.stdin.readline())
     reply = Path(sys.argv[1])
     if request.get("cgroup") is not None:
@@ -38,13 +49,6 @@ def main() -> None:
     partial = reply.with_suffix(".partial")
     partial.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
     partial.replace(reply)
-
-
-def _end_with(parent: int) -> None:
-    """End when the process that started this one is gone: nobody waits for the reply any more."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def _turns(descriptor: int) -> Callable[[], None]:

@@ -34,7 +34,7 @@ class Bench(BaseModel):
         default=4,
         description="how often the gates may be looked at: while one is undecided, each look but the first "
         "measures twice as much, or what the budget leaves room for; bounds are widened so that all looks "
-        "together err as rarely as one",
+        "together err as rarely as one, and the last look's have what the others left",
     )
     budget: NonNegativeFloat = Field(
         default=600.0, description="seconds after which no further look is begun; 0 looks once"

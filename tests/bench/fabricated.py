@@ -12,6 +12,20 @@ from compress.bench.isolate import Reply
 from compress.bench.material import Material
 from compress.core.measurement import Measurement
 
+SMALL = {
+    "launches": 2,
+    "repeats": 2,
+    "sample_seconds": 0,
+    "launch_seconds": 0,
+    "prompt_length": 8,
+    "new_tokens": 2,
+    "tokens": 256,
+    "threads": 1,
+    "noise_floor": False,
+    "budget": 0,
+}
+NOT_SLOWER = {"metric": "decode.tokens_per_second", "test": "non-inferiority", "margin": "8%"}
+
 
 def one_by_one(measure: Any) -> Any:
     """A runner from what answers a single request; it knows no turns."""

@@ -36,7 +36,7 @@ def arms(before: dict[int, str], after: dict[int, str]) -> list[ArmResult]:
 
 
 def judged(before: dict[int, str], after: dict[int, str], gate: Gate = GATE) -> Judgement:
-    (judgement,) = judge([gate], arms(before, after), OPTIONS)
+    (judgement,) = judge([gate], arms(before, after), OPTIONS, 1.0)
     return judgement
 
 

@@ -25,9 +25,9 @@ from compress.core.measurement import Measurement
 from compress.data.corpora import documents
 from compress.models.tasks import TASKS
 from tests import quantized_models, scored_suites
-from tests.bench.fabricated import one_by_one
+from tests.bench.fabricated import SMALL, one_by_one
 from tests.bench.peer.test_lm_eval import CERTAIN
-from tests.bench.test_experiment import SMALL, in_process
+from tests.bench.test_experiment import in_process
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 pytestmark = [
