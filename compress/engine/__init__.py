@@ -1,6 +1,6 @@
 """The engine: plan a recipe, run it, resume it, verify what it wrote."""
 
-from compress.engine.analysis import sensitivity
+from compress.engine.analysis import importance, sensitivity
 from compress.engine.examination import Finding, examine
 from compress.engine.execution import RunResult, execute, run
 from compress.engine.inspection import VerificationReport, inspect, verify
@@ -14,6 +14,7 @@ __all__ = [
     "VerificationReport",
     "examine",
     "execute",
+    "importance",
     "inspect",
     "plan",
     "run",

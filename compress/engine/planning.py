@@ -143,6 +143,29 @@ def plan(
     return Plan(given, source, steps, folder, single, run, reporter, fresh)
 
 
+def examined(recipe: Recipe, reporter: Reporter = SILENT) -> tuple[Artifact, Run]:
+    """The model of a recipe and its circumstances, looked over as for a plan, for what writes no artifact.
+
+    Raises:
+        CompressError: of the kind that fits.
+    """
+    from compress.models.preflight import examine
+    from compress.models.source import resolve
+
+    source = Artifact.open(resolve(recipe.model, trust_remote_code=recipe.trust_remote_code))
+    _check_chain(recipe, source)
+    run = _circumstances(recipe, reporter)
+    _check_texts(recipe, source, run)
+    examine(
+        source,
+        trust_remote_code=recipe.trust_remote_code,
+        task=recipe.task,
+        reporter=reporter,
+        needs_tokenizer=_needs_tokenizer(run),
+    )
+    return source, run
+
+
 def expanded(recipe: Recipe) -> Recipe:
     """The recipe with every pass that stands for others replaced by them.
 

@@ -49,6 +49,7 @@ class Stream:
         writers: linear layers and embeddings by their paths in the model.
         readers: linear layers by their paths in the model.
         norms: between the stream and readers; the readers are all that they feed.
+        scales: what the output of each writer is multiplied by on its way into the stream.
     """
 
     width: int
@@ -56,6 +57,7 @@ class Stream:
     writers: tuple[str, ...]
     readers: tuple[str, ...]
     norms: tuple[Fold, ...]
+    scales: Mapping[str, float]
 
 
 def find_stream(model: Any) -> Stream:
@@ -97,6 +99,7 @@ def find_stream(model: Any) -> Stream:
         tuple(name for part in parts for name in part.writers),
         tuple(name for part in parts for name in part.readers),
         tuple(norm for part in parts for norm in part.norms),
+        {name: scale for part in parts for name, scale in part.writers.items()},
     )
 
 
@@ -105,10 +108,11 @@ class _Part:
     """What was found in one block, or outside them; paths from the block on.
 
     Attributes:
+        writers: with what their output is multiplied by on its way.
         turns_freely: whether any rotation will do.
     """
 
-    writers: tuple[str, ...]
+    writers: Mapping[str, float]
     readers: tuple[str, ...]
     norms: tuple[Fold, ...]
     turns_freely: bool
@@ -120,7 +124,7 @@ class _Part:
             return f"{block}.{name}".removeprefix(".")
 
         return _Part(
-            tuple(map(path, self.writers)),
+            {path(name): scale for name, scale in self.writers.items()},
             tuple(map(path, self.readers)),
             tuple(replace(norm, block=block) for norm in self.norms),
             self.turns_freely,
@@ -141,11 +145,11 @@ def _outside(model: nn.Module, blocks: list[Block]) -> dict[str, nn.Module]:
 
 def _entrance(
     responses: Responses, first: Block, modules: Mapping[str, nn.Module]
-) -> tuple[tuple[str, ...], int]:
-    """What writes the hidden state that enters the first block, and its width."""
+) -> tuple[dict[str, float], int]:
+    """What writes the hidden state that enters the first block, each with its factor, and its width."""
     before = responses.run(first, _SEQUENCES).entering
     width = before.shape[-1]
-    writers: list[str] = []
+    writers: dict[str, float] = {}
     for name, module in modules.items():
         if not (is_linear(module) or isinstance(module, nn.Embedding)):
             continue
@@ -153,18 +157,18 @@ def _entrance(
         if _same(before, after):
             continue
         moved = responses.run(first, _SEQUENCES, {name: _shifted}).entering - before
-        constant = moved.flatten()[0]
+        constant = float(moved.flatten()[0])
         wide = _width(module) == width
-        if not wide or float(constant) == 0 or not _same(moved, torch.full_like(moved, float(constant))):
+        if not wide or constant == 0 or not _same(moved, torch.full_like(moved, constant)):
             raise PlanError(f"{name} enters the residual stream through more than a sum", _HINT)
-        writers.append(name)
+        writers[name] = constant
     if not writers:
         raise PlanError("nothing outside the blocks was seen to write the residual stream", _HINT)
     turn = rotation(width, _SEED)
     turned = responses.run(first, _SEQUENCES, dict.fromkeys(writers, _turning(turn))).entering
     if not _same(turned, before @ turn):
         raise PlanError("what enters the first block is more than the sum of what writes it", _HINT)
-    return tuple(writers), width
+    return writers, width
 
 
 def _width(module: nn.Module) -> int:
@@ -197,14 +201,17 @@ class _Search:
         for name in readers:
             if input_features(self._modules[name]) != self._width:
                 raise self._refusal(f"{name} reads something else that moves with the residual stream")
-        writers = [name for name in linear if self._writes(name)]
+        scales = {name: self._written(name) for name in linear}
+        writers = {name: scale for name, scale in scales.items() if scale != 0}
         norms = self._norms(readers)
         with self._plain(norms):
             self._base = self._run()
-            free = self._turns(rotation(self._width, _SEED), readers, writers)
-            if not free and not self._turns(rotation(self._width, _SEED, keeps_mean=True), readers, writers):
+            free = self._turns(rotation(self._width, _SEED), readers, [*writers])
+            if not free and not self._turns(
+                rotation(self._width, _SEED, keeps_mean=True), readers, [*writers]
+            ):
                 raise self._refusal("it does not turn with the residual stream")
-        return _Part(tuple(writers), tuple(readers), tuple(norms), free)
+        return _Part(writers, tuple(readers), tuple(norms), free)
 
     def _run(self, edits: Mapping[str, Edit] | None = None, entering: Edit | None = None) -> Seen:
         paths = {f"{self._block.name}.{name}".removeprefix("."): edit for name, edit in (edits or {}).items()}
@@ -223,23 +230,23 @@ class _Search:
             if len(values) != len(after) or not all(map(_same, values, after)):
                 raise self._refusal(f"{name} reads it and is no linear layer")
 
-    def _writes(self, name: str) -> bool:
-        """Whether a layer adds to what leaves.
+    def _written(self, name: str) -> float:
+        """What a layer's output is multiplied by where it is added to what leaves; 0 where it is not.
 
         Raises:
             PlanError: what leaves depends on it in another way.
         """
         if not self._block.name:
             # Behind the blocks the stream has ended.
-            return False
+            return 0.0
         before, after = self._base.outputs[0], self._run({name: _doubled}).outputs[0]
         if _same(before, after):
-            return False
+            return 0.0
         moved = self._run({name: _shifted}).outputs[0] - before
         constant = float(moved.flatten()[0])
         if constant == 0 or not _same(moved, torch.full_like(moved, constant)):
             raise self._refusal(f"{name} reaches it through more than a sum")
-        return True
+        return constant
 
     def _norms(self, readers: list[str]) -> list[Fold]:
         """Norms whose only readers are those of the stream."""

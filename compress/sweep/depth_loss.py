@@ -45,22 +45,69 @@ def judge_by_loss(walk: Walk, plan: DepthPlan) -> Judgement:
         CalibrationError: the model's own loss is not finite.
         PlanError: the run has no calibration text, or there is no configuration for any selection.
     """
-    return _Losses(walk, plan).judge()
+    return _Losses(walk).judge(plan)
+
+
+def losses_alone(walk: Walk) -> tuple[float, dict[int, float]]:
+    """The loss of a model, and its loss without each block alone.
+
+    What is measured is kept in ``run.scratch`` and not measured again.
+
+    Args:
+        walk: the model; its weights are let go again.
+
+    Returns:
+        the loss as it is, which is 0 where losses are distances to it, and the others by number of block;
+        infinite where the model without a block says nothing that is finite.
+
+    Raises:
+        CalibrationError: the model's own loss is not finite.
+        PlanError: the run has no calibration text.
+    """
+    return _Losses(walk).alone()
 
 
 @final
 class _Losses:
     """One model in memory, and what was measured of it."""
 
-    def __init__(self, walk: Walk, plan: DepthPlan) -> None:
-        self._walk, self._plan = walk, plan
+    def __init__(self, walk: Walk) -> None:
+        self._walk = walk
         self._task = resolve(walk.run.task, walk.source.config)
         self._file = walk.run.scratch / _FILE
         self._known: dict[tuple[int, ...], float] = {}
         self._extras: Mapping[int, tuple[Any, ...]] = {}
 
-    def judge(self) -> Judgement:
+    def judge(self, plan: DepthPlan) -> Judgement:
         """Measure and choose."""
+        with self._running() as (reentry, activations):
+            tokens = sum(batch["input_ids"].numel() for batch in activations.batches)
+            _, wanted = self._whole(reentry, activations)
+            if plan.contiguous:
+                windows = self._windows(plan, reentry, activations, wanted)
+                return Judgement(best_window(windows, plan), "loss", {}, windows, tokens)
+            gone, alone = self._greedily(plan, reentry, activations, wanted)
+            return Judgement(gone, "loss", alone, {}, tokens)
+
+    def alone(self) -> tuple[float, dict[int, float]]:
+        """Measure the model as it is and without each block."""
+        total = len(self._walk.blocks)
+        title = f"loss without each of {total} blocks"
+        with (
+            self._running() as (reentry, activations),
+            self._walk.run.reporter.progress(title, total, "block") as advance,
+        ):
+            whole, wanted = self._whole(reentry, activations)
+            losses = {}
+            choices = [(number,) for number in range(total)]
+            for choice, loss in self._without_each(choices, (), reentry, activations, wanted):
+                losses[choice[0]] = loss
+                advance(1)
+            return whole, losses
+
+    @contextmanager
+    def _running(self) -> Iterator[tuple[Reentry, Activations]]:
+        """The whole model in memory while the context lasts, and the text."""
         walk = self._walk
         activations = walk.calibration()
         if activations is None:
@@ -70,25 +117,17 @@ class _Losses:
         walk.checkpoint.load(walk.checkpoint.names, walk.device)
         walk.model.tie_weights()
         walk.checkpoint.require_filled("")
-        tokens = sum(batch["input_ids"].numel() for batch in activations.batches)
         with walk.reentry() as reentry:
-            wanted = self._whole(reentry, activations)
-            if self._plan.contiguous:
-                windows = self._windows(reentry, activations, wanted)
-                found = Judgement(best_window(windows, self._plan), "loss", {}, windows, tokens)
-            else:
-                gone, alone = self._greedily(reentry, activations, wanted)
-                found = Judgement(gone, "loss", alone, {}, tokens)
+            yield reentry, activations
         walk.checkpoint.release("")
-        return found
 
     # -- what to measure ---------------------------------------------------------------------------
 
     def _greedily(
-        self, reentry: Reentry, activations: Activations, wanted: Sequence[torch.Tensor]
+        self, plan: DepthPlan, reentry: Reentry, activations: Activations, wanted: Sequence[torch.Tensor]
     ) -> tuple[tuple[int, ...], dict[int, float]]:
         """The blocks that go one after the other, and the loss without each of them alone."""
-        plan, total = self._plan, len(self._walk.blocks)
+        total = len(self._walk.blocks)
         gone: list[int] = []
         alone: dict[int, float] = {}
         title = f"loss without each of {total} blocks"
@@ -111,11 +150,11 @@ class _Losses:
         return tuple(sorted(gone)), alone
 
     def _windows(
-        self, reentry: Reentry, activations: Activations, wanted: Sequence[torch.Tensor]
+        self, plan: DepthPlan, reentry: Reentry, activations: Activations, wanted: Sequence[torch.Tensor]
     ) -> dict[int, float]:
         """The loss without each run of neighbours that may go, by the first of them."""
-        choices = [window(self._plan, start) for start in starts(self._plan)]
-        title = f"loss without each {self._plan.gone} neighbours of {len(self._walk.blocks)} blocks"
+        choices = [window(plan, start) for start in starts(plan)]
+        title = f"loss without each {plan.gone} neighbours of {len(self._walk.blocks)} blocks"
         losses = {}
         with self._walk.run.reporter.progress(title, len(choices), "window") as advance:
             for choice, loss in self._without_each(choices, (), reentry, activations, wanted):
@@ -125,8 +164,8 @@ class _Losses:
 
     # -- how it is measured ------------------------------------------------------------------------
 
-    def _whole(self, reentry: Reentry, activations: Activations) -> list[torch.Tensor]:
-        """What the untouched model says, where losses compare with it.
+    def _whole(self, reentry: Reentry, activations: Activations) -> tuple[float, list[torch.Tensor]]:
+        """The loss of the untouched model, and what it says, where losses compare with it.
 
         Raises:
             CalibrationError: its own loss is not finite.
@@ -138,16 +177,19 @@ class _Losses:
         # A block that is left out returns what it is given in the shape in which it returned its own.
         self._extras = dict(recording.extras)
         said: list[torch.Tensor] = []
+        total, sequences = 0.0, 0
         for batch in activations.batches:
             outputs = self._said(reentry, 0, batch, Recording())
-            if not math.isfinite(self._loss(outputs, batch, outputs)):
+            loss, count = self._loss(outputs, batch, outputs), len(batch["input_ids"])
+            total, sequences = total + count * loss, sequences + count
+            if not math.isfinite(loss):
                 raise CalibrationError(
                     "the model's own loss on the calibration text is not finite",
                     "check that the model is sound in this dtype",
                 )
             if not isinstance(self._task, TextGeneration):
                 said.append(outputs)
-        return said
+        return total / sequences, said
 
     def _without_each(
         self,

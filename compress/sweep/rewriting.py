@@ -1,4 +1,4 @@
-"""Writing the shard of a unit some of whose float tensors have new values of the same shape."""
+"""Writing the shard of a unit some of whose float tensors have new values."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +38,7 @@ def write_rewritten(
     rewrite: Callable[[str, torch.Tensor], torch.Tensor | None],
     layers: list[dict[str, Any]],
     added: Mapping[str, torch.Tensor] | None = None,
+    resized: Mapping[str, tuple[tuple[int, ...], float]] | None = None,
 ) -> UnitRecord:
     """Write one shard: changed tensors changed, all others byte for byte.
 
@@ -48,14 +49,19 @@ def write_rewritten(
             ``None`` where it stays. They are written in the precision of the tensor.
         layers: rows for the table of layers.
         added: tensors that the source does not have, by the names that they get.
+        resized: shape and distance to what it was, of each parameter that gets another shape.
 
     Raises:
         ModelError: a new value is beyond the precision in which it is written.
     """
-    checkpoint, run, added = walk.checkpoint, walk.run, added or {}
+    checkpoint, run, added, resized = walk.checkpoint, walk.run, added or {}, resized or {}
     storage = loaded_dtype(walk.source)
     file = shard_name(position, len(walk.blocks) + 1)
-    layout = {name: (checkpoint.dtype(name), checkpoint.shape(name)) for name in names}
+    parameters = {name: checkpoint.target[name] for name in names}
+    layout = {
+        name: (checkpoint.dtype(name), resized[to][0] if to in resized else checkpoint.shape(name))
+        for name, to in parameters.items()
+    }
     layout |= {name: (storage, tuple(tensor.shape)) for name, tensor in added.items()}
     meant: dict[str, Meant] = {}
 
@@ -72,7 +78,11 @@ def write_rewritten(
             raise ModelError(
                 f"{name} would leave the range of {written.dtype}", "convert the model to bfloat16 first"
             )
-        error = 0.0 if tensor is None else _distance(tensor, written)
+        if tensor is None:
+            error = 0.0
+        else:
+            other = resized.get(parameters[name])
+            error = _distance(tensor, written) if other is None else other[1]
         # A loader sees the values in the precision that the configuration names.
         meant[name] = Meant(fingerprint(written.to(storage)), True, error)
         return written
