@@ -10,6 +10,11 @@ Any artifact can teach, a quantized one too: it is run as the bench would run it
 vocabulary, since probabilities are compared token by token. Its logits are computed as it is asked, and
 never stored: for a vocabulary of 150,000 a million tokens of them would be 600 GB.
 
+A student that is stored as integers (compressed-tensors or GPTQ) is trained on its own grid: each pass
+multiplies with the rounded weights that a reader of the artifact sees, gradients go straight through the
+rounding to floats behind them (Bengio et al. 2013, https://arxiv.org/abs/1308.3432), and the result has the
+same format, bits and groups. Its `scales` can be trained too; `origin` starts from the float weights.
+
 What is trained is all float weights, in float32, without dropout; they are saved in the precision that they
 had. Zeros that pruning left in a matrix stay zero (`zeros`). Windows of the text hold documents one after
 the other with an end of text between, and no padding. The best weights on the validation text are kept, and
@@ -89,11 +94,13 @@ class Logits(Trainer):
         """Refuse a missing text, another task and a teacher of another vocabulary; predict the work."""
         from compress.data import training
         from compress.models.load import skeleton
+        from compress.training import integers
         from compress.training.precision import resolved
         from compress.training.prediction import Shape, chunk_of, predict
         from compress.training.teacher import same_vocabulary
 
         teacher = self._teacher(source, run)
+        integers.check(self, source, run)
         student_shape = Shape.of(skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code))
         teacher_shape = Shape.of(skeleton(teacher, task="auto", trust_remote_code=run.trust_remote_code))
         same_vocabulary(source, teacher, (student_shape.vocabulary, teacher_shape.vocabulary), run)
@@ -108,6 +115,7 @@ class Logits(Trainer):
         import torch
 
         from compress.core.artifact import TRAINING_FILE
+        from compress.training import integers
         from compress.training.loop import Loop
         from compress.training.precision import deterministic, resolved
         from compress.training.student import Student
@@ -116,7 +124,7 @@ class Logits(Trainer):
         arithmetic = resolved(self.precision, run.device)
         device = torch.device(run.device)
         with deterministic(device):
-            student = Student(source, run)
+            student = Student(source, run, scales=self.scales == "train", origin=integers.origin_of(run))
             text = _drawn(self, source, run, int(student.model.get_input_embeddings().weight.shape[0]))
             run.reporter.message(text.description)
             run.scratch.mkdir(parents=True, exist_ok=True)

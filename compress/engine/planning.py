@@ -162,11 +162,13 @@ def _check_chain(recipe: Recipe, source: Artifact) -> None:
     broken_by: dict[Fact, str] = {}
     for index, step in enumerate(recipe.steps):
         method = step.built()
-        missing = sorted(method.needs - facts)
+        missing = sorted(method.needs - facts)[:1]
+        if not missing and method.needs_one_of.isdisjoint(facts):
+            missing = sorted(method.needs_one_of)
         if missing:
-            fact = missing[0]
-            culprit = broken_by.get(fact)
-            where = f"step {index} ({step.use}) needs {MEANING[fact]}"
+            culprit = next((broken_by[fact] for fact in missing if fact in broken_by), None)
+            wanted = " or ".join(MEANING[fact] for fact in missing)
+            where = f"step {index} ({step.use}) needs {wanted}"
             if culprit:
                 raise PlanError(f"{where}, which {culprit} takes away", f"put {step.use} before {culprit}")
             raise PlanError(

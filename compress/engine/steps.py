@@ -8,7 +8,7 @@ from compress.core.artifact import Artifact, Lineage, digest_of
 from compress.core.passes import Pass
 from compress.core.run import Run
 from compress.core.target import Target
-from compress.training.trainer import Trainer
+from compress.training.trainer import ORIGIN, Trainer
 
 SOURCE_MODEL = "$model"
 """How a recipe names the model that it starts from, among the options of a step."""
@@ -26,8 +26,10 @@ def step_run(method: Pass, source: Artifact, run: Run, scratch: Path) -> Run:
     from compress.models.source import resolve
 
     models = {}
-    for option in method.other_models if isinstance(method, Trainer) else ():
+    for option in (*method.other_models, ORIGIN) if isinstance(method, Trainer) else ():
         name = getattr(method, option)
+        if name is None:
+            continue
         models[option] = (
             source.path if name == SOURCE_MODEL else resolve(name, trust_remote_code=run.trust_remote_code)
         )
