@@ -1,9 +1,10 @@
 """Whether a cached teacher leads to where the live one leads, what the cache takes, and what it saves.
 
-A model is halved (``prune.width``), and what is left is distilled from the original twice, on the same windows in
-the same order: once with the teacher run over every batch, once from a cache of its k most likely tokens
-(``compress teacher cache``). Both students are then judged by the live teacher over the whole vocabulary, on text
-that was not trained on. What should hold: the loss of the cached run is within 2% of that of the live one.
+A model is halved (``prune.width``), and what is left is distilled from the original twice, on the same
+windows in the same order: once with the teacher run over every batch, once from a cache of its k most likely
+tokens (``compress teacher cache``). Both students are then judged by the live teacher over the whole
+vocabulary, on text that was not trained on. What should hold: the loss of the cached run is within 2% of
+that of the live one.
 
 Run it with ``python benchmarks/teacher_cache.py``; results go to ``reports/teacher_cache``.
 """
@@ -125,7 +126,7 @@ def judged(subject: Subject, student: Path, windows: torch.Tensor, device: str) 
 
 
 def measure(subject: Subject, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The live run and one run for each k."""
+    """The live run and one run for each cache."""
     work = arguments.work / subject.name
     halved = engine.run(
         recipe(subject, arguments, subject.model, {"use": "prune.width", "keep": 0.5}),
@@ -145,10 +146,12 @@ def measure(subject: Subject, arguments: argparse.Namespace) -> dict[str, Any]:
         "precision": "float32",
     }
     runs, windows = [], None
-    for k in arguments.k:
-        folder = work / f"cache-{k}"
+    for k, draws in arguments.kept:
+        name = f"{k}-{draws}"
+        folder = work / f"cache-{name}"
         options = CacheOptions(
             k=k,
+            draws=draws,
             tokens=subject.tokens,
             window=subject.window,
             evaluation_tokens=HELD_OUT * subject.window,
@@ -160,9 +163,11 @@ def measure(subject: Subject, arguments: argparse.Namespace) -> dict[str, Any]:
                 subject.model, source, folder, options, device=arguments.device, threads=arguments.threads
             )
         )
-        print(f"{subject.name}: cached at k = {k}, {cached.bytes_a_token:.1f} bytes a token", flush=True)
+        print(f"{subject.name}: cached {name}, {cached.bytes_a_token:.1f} bytes a token", flush=True)
         made = recipe(subject, arguments, str(halved), {**step, "cache": str(folder)})
-        result, seconds = timed(lambda made=made, k=k: engine.run(made, work / f"by-cache-{k}", single=True))
+        result, seconds = timed(
+            lambda made=made, name=name: engine.run(made, work / f"by-cache-{name}", single=True)
+        )
         if windows is None:
             windows = TeacherCache.open(folder).text(1, HELD_OUT).held_out
             before = judged(subject, halved, windows, arguments.device)
@@ -170,13 +175,13 @@ def measure(subject: Subject, arguments: argparse.Namespace) -> dict[str, Any]:
         found = judged(subject, result.final, windows, arguments.device)
         runs.append(
             Run(
-                f"cached, k = {k}",
+                f"cached, k = {k}, {draws} drawn",
                 found["divergence"],
                 found["cross_entropy"],
                 own_loss(result.final),
-                remembered(work / f"by-cache-{k}.seconds", seconds, result.did_nothing),
+                remembered(work / f"by-cache-{name}.seconds", seconds, result.did_nothing),
                 cached.bytes_a_token,
-                remembered(work / f"cache-{k}.seconds", caching, cached.did_nothing),
+                remembered(work / f"cache-{name}.seconds", caching, cached.did_nothing),
             )
         )
         print(f"{subject.name}: {runs[-1]}", flush=True)
@@ -199,6 +204,11 @@ def measure(subject: Subject, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def pair(text: str) -> tuple[int, int]:
+    k, draws = map(int, text.split(","))
+    return k, draws
+
+
 def own_loss(folder: Path) -> float:
     """The last validation loss of the run itself."""
     lineage = Artifact.open(folder).lineage
@@ -218,9 +228,9 @@ def render(documents: list[dict[str, Any]]) -> str:
         "# A cached teacher",
         "",
         "Each model is halved by `prune.width` and distilled from the original (`distill.logits`, forward "
-        "divergence) on the same windows in the same order, with the teacher live and from a cache. Losses are in "
-        "nats a token on held-out text, by the live teacher over the whole vocabulary; the divergence is what is "
-        "minimised. Bytes a token are those of the whole folder of the cache.",
+        "divergence) on the same windows in the same order, with the teacher live and from a cache. Losses "
+        "are in nats a token on held-out text, by the live teacher over the whole vocabulary; the divergence "
+        "is what is minimised. Bytes a token are those of the whole folder of the cache.",
     ]
     for document in documents:
         subject, runs = document["subject"], document["runs"]
@@ -229,8 +239,8 @@ def render(documents: list[dict[str, Any]]) -> str:
             "",
             f"## {subject['name']}",
             "",
-            f"`{subject['train']}`, {subject['tokens']:,} tokens in windows of {subject['window']}. Before the "
-            f"distillation: divergence {document['halved']['divergence']:.4f}, cross-entropy "
+            f"`{subject['train']}`, {subject['tokens']:,} tokens in windows of {subject['window']}. Before "
+            f"the distillation: divergence {document['halved']['divergence']:.4f}, cross-entropy "
             f"{document['halved']['cross_entropy']:.4f}; cross-entropy of the original "
             f"{document['original']['cross_entropy']:.4f}.",
             "",
@@ -254,7 +264,9 @@ def render(documents: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--subject", action="append", choices=[subject.name for subject in SUBJECTS])
-    parser.add_argument("--k", type=int, nargs="+", default=[64, 16, 256])
+    parser.add_argument(
+        "--kept", type=pair, nargs="+", default=[(64, 12), (64, 0), (16, 12)], metavar="K,DRAWS"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--work", type=Path, default=REPOSITORY / "runs/teacher_cache")

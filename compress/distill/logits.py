@@ -15,9 +15,11 @@ cross-entropy in any case, as `divergence` and `cross_entropy`.
 Any artifact can teach, a quantized one too: it is run as the bench would run it. It must have the student's
 vocabulary, since probabilities are compared token by token. Its logits are computed as it is asked, and
 never stored: for a vocabulary of 150,000 a million tokens of them would be 600 GB. What can be stored, once
-and for every later run, is its most likely tokens and the sum of all others (`compress teacher cache`,
-`cache`): the student's own tokens are then put together in the same way, and its windows are those of the
-cache.
+and for every later run, is its most likely tokens, the sum of all others, and a few drawn from these
+(`compress teacher cache`, `cache`). The student's tokens are then put together in the same way; the forward
+divergence learns from the drawn ones what is inside the sum, so that on average it is that over the whole
+vocabulary, and the other divergences leave the proportions inside it to the student. Windows are those of
+the cache.
 
 What is trained is all float weights, in float32, without dropout; they are saved in the precision that they
 had. Zeros that pruning left in a matrix stay zero (`zeros`). Windows of the text hold documents one after

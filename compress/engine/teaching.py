@@ -130,7 +130,7 @@ def _drawn(
     """The windows, and the note that the cache of them will have."""
     from compress.data import training
     from compress.models.load import skeleton, tokenizer
-    from compress.numerics.buckets import MOST_TOKENS
+    from compress.numerics.buckets import MOST_TOKENS, packed_bytes
     from compress.training.precision import resolved
     from compress.training.prediction import Shape
     from compress.training.teacher_cache import Note, Origin, vocabulary_digest
@@ -158,6 +158,7 @@ def _drawn(
         window=options.window,
     )
     k = min(options.k, vocabulary)
+    draws = options.draws if k < vocabulary else 0
     precision = resolved(options.precision, device.type)
     circumstances = {
         "origin": asdict(origin),
@@ -170,12 +171,14 @@ def _drawn(
     return (
         Note(
             key=_key(circumstances),
+            seed=seed,
             origin=origin,
             k=k,
+            draws=draws,
             vocabulary=vocabulary,
             windows=len(text.windows),
             held_out=len(text.held_out),
-            file_windows=windows_a_file(options.window, k, vocabulary),
+            file_windows=windows_a_file(options.window, packed_bytes(k, draws, vocabulary)),
             precision=precision,
             description=text.description,
         ),

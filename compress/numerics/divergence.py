@@ -29,6 +29,12 @@ its most likely tokens and a tail (`Buckets`), the student's tokens are put toge
 divergence is that of the two distributions over k + 1 outcomes: never negative, zero only where they agree,
 and never more than over the whole vocabulary. The gradient of the tail is shared among its tokens by the
 student's own probabilities: their sum is learned, their proportions stay the student's.
+
+Where tokens of the tail were drawn as well, the forward divergence is that over the whole vocabulary after
+all, on average: by the chain rule it is the one over the outcomes and ``p_tail KL(p | tail || q | tail)``,
+which is a mean over the tail, and the mean over the drawn tokens is without bias, in value and gradient.
+This is the sampling of Anshumann et al. 2025, "Sparse Logit Sampling", arXiv 2503.16870, of the tail alone.
+The other divergences are no such means, and are those over the outcomes.
 """
 
 from collections.abc import Callable, Mapping
@@ -102,6 +108,8 @@ def imitation(
                 continue
             order = 1 if name == "total_variation" else 2
             value, gradient = divergence(p, q)
+            if name == "forward_kl" and isinstance(teacher, Buckets):
+                value = value + _inside_tail(teacher, p, q, soft)
             terms[name] = value * temperature**order
             if with_gradient and weight:
                 part = gradient().mul_(weight * temperature ** (order - 1))
@@ -110,7 +118,7 @@ def imitation(
         found = None
         if with_gradient:
             share = criterion.weights.get("cross_entropy", 0.0)
-            found = _in_logits(slope, teacher, soft, q)
+            found = _in_logits(slope, teacher, soft, p, q, criterion.weights.get("forward_kl", 0.0))
             if share:
                 truth = plain.exp_().mul_(share)
                 truth.scatter_add_(-1, targets[:, None], torch.full_like(truth[:, :1], -share))
@@ -120,20 +128,48 @@ def imitation(
     return Imitation(terms, loss, found)
 
 
+def _inside_tail(
+    teacher: Buckets, p: torch.Tensor, q: torch.Tensor, soft: torch.Tensor
+) -> torch.Tensor | float:
+    """An estimate of ``p_tail KL(p | tail || q | tail)`` from the drawn tokens, ``[positions]``."""
+    if teacher.drawn is None or teacher.drawn_log_probabilities is None:
+        return 0.0
+    wanted = teacher.drawn_log_probabilities - p[:, -1:]
+    said = soft.gather(-1, teacher.drawn.long()) - q[:, -1:]
+    rest = p[:, -1].exp()
+    return torch.where(rest > 0, rest * (wanted - said).mean(-1), 0.0)
+
+
 def _in_logits(
-    slope: torch.Tensor | None, teacher: torch.Tensor | Buckets, soft: torch.Tensor, q: torch.Tensor
+    slope: torch.Tensor | None,
+    teacher: torch.Tensor | Buckets,
+    soft: torch.Tensor,
+    p: torch.Tensor,
+    q: torch.Tensor,
+    forward: float,
 ) -> torch.Tensor | None:
     """The gradient in the logits from that over outcomes.
 
     For a token of the tail ``j``, ``d(log q_tail)/d(logit_j) = q_j / q_tail - q_j``, and gradients over
-    outcomes sum to zero: what is left is the tail's own gradient times ``q_j / q_tail``.
+    outcomes sum to zero: what is left is the tail's own gradient times ``q_j / q_tail``. Inside the tail the
+    forward divergence adds ``p_tail q_j / q_tail`` less the tail's share of each drawn token.
+
+    Args:
+        forward: weight of the forward divergence.
     """
     if slope is None or not isinstance(teacher, Buckets):
         return slope
-    rest = q[:, -1:]
+    rest, tail = q[:, -1:], slope[:, -1:]
+    drawn = teacher.drawn if forward else None
+    inside = forward * p[:, -1:].exp()
+    if drawn is not None:
+        tail = tail + inside
     # Where no token is left, every one is overwritten below.
-    inside = (soft - torch.where(rest.isneginf(), 0.0, rest)).exp_().mul_(slope[:, -1:])
-    return inside.scatter_(-1, teacher.tokens.long(), slope[:, :-1])
+    found = (soft - torch.where(rest.isneginf(), 0.0, rest)).exp_().mul_(tail)
+    found.scatter_(-1, teacher.tokens.long(), slope[:, :-1])
+    if drawn is not None:
+        found.scatter_add_(-1, drawn.long(), (-inside / drawn.shape[-1]).expand(drawn.shape))
+    return found
 
 
 def _divergences(beta: float) -> dict[Term, _Divergence]:

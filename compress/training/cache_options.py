@@ -20,6 +20,12 @@ class CacheOptions(BaseModel):
         description="most likely tokens whose log-probabilities are kept of each position, beside the sum of "
         "all others",
     )
+    draws: int = Field(
+        default=12,
+        ge=0,
+        description="tokens drawn from all others by their chances, with which the forward divergence is "
+        "learned over the whole vocabulary on average",
+    )
     tokens: int = Field(default=1_000_000, ge=1, description="tokens of the training text, at most")
     window: int = Field(
         default=512, ge=2, description="tokens in one training sequence; that of the runs which will use it"

@@ -30,14 +30,15 @@ class Teacher(ABC):
     """Who knows what should be said at each position."""
 
     @abstractmethod
-    def lesson(self, windows: torch.Tensor) -> Callable[[slice], Distribution]:
+    def lesson(self, windows: torch.Tensor) -> Callable[[torch.Tensor], Distribution]:
         """What should be said after each token of windows but the last.
 
         Args:
             windows: int64 ``[batch, length]``, on the device. It is called inside the autocast of the passes.
 
         Returns:
-            a function that gives the distributions of some of the ``batch * (length - 1)`` positions.
+            a function that gives the distributions of some positions, by their numbers among all
+            ``batch * (length - 1)``.
         """
 
 
@@ -53,12 +54,12 @@ class LiveTeacher(Teacher):
         self._model = model
 
     @torch.no_grad()
-    def lesson(self, windows: torch.Tensor) -> Callable[[slice], Distribution]:
+    def lesson(self, windows: torch.Tensor) -> Callable[[torch.Tensor], Distribution]:
         """See `Teacher.lesson`."""
         states = self._model.states(windows)[:, :-1].flatten(0, 1)
 
         @torch.no_grad()
-        def logits(rows: slice) -> Distribution:
+        def logits(rows: torch.Tensor) -> Distribution:
             return self._model.logits(states[rows])
 
         return logits
@@ -94,7 +95,11 @@ class Distributions(Objective):
         self._terms = [*terms, *(name for name in criterion.weights if name not in terms)]
         self.names = ("loss", *(_COLUMNS.get(name, name) for name in self._terms))
 
-    def learn(self, windows: torch.Tensor, positions: int) -> Losses:
+    def positions(self, windows: torch.Tensor) -> int:
+        """Tokens that are predicted: all but the first of each window."""
+        return windows.shape[0] * (windows.shape[1] - 1)
+
+    def learn(self, windows: torch.Tensor, positions: float) -> Losses:
         """See `Objective.learn`."""
         return self.learn_after(windows, 1, positions)
 
@@ -112,7 +117,7 @@ class Distributions(Objective):
             wishes = torch.zeros_like(flat)
             losses = self._nothing(windows)
             for rows in self._chunks(windows, prompt):
-                states = flat[rows].clone().requires_grad_()
+                states = flat[rows].requires_grad_()
                 logits = self._student.logits(states)
                 found = imitation(logits, lesson(rows), targets[rows], self._criterion, with_gradient=True)
                 losses = losses.plus(self._sums(found))
@@ -137,18 +142,10 @@ class Distributions(Objective):
                 losses = losses.plus(self._sums(found))
         return losses
 
-    def _chunks(self, windows: torch.Tensor, prompt: int) -> list[slice]:
-        """The positions that are learned, in pieces: all at once, or what follows each window's prompt."""
-        count, length = len(windows), windows.shape[1] - 1
-        if prompt == 1:
-            spans = [(0, count * length)]
-        else:
-            spans = [(each * length + prompt - 1, (each + 1) * length) for each in range(count)]
-        return [
-            slice(at, min(at + self._chunk, end))
-            for first, end in spans
-            for at in range(first, end, self._chunk)
-        ]
+    def _chunks(self, windows: torch.Tensor, prompt: int) -> tuple[torch.Tensor, ...]:
+        """Numbers of the positions after each prompt, of all ``batch * (length - 1)``, so many at a time."""
+        rows = torch.arange(self.positions(windows), device=windows.device)
+        return rows[rows % (windows.shape[1] - 1) >= prompt - 1].split(self._chunk)
 
     def _sums(self, found: Imitation) -> Losses:
         values = [found.loss, *(found.terms[name] for name in self._terms)]

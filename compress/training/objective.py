@@ -38,7 +38,7 @@ class Objective(ABC):
     """What a loss consists of; the first, ``loss``, is what is minimised."""
 
     @abstractmethod
-    def learn(self, windows: torch.Tensor, positions: int) -> Losses:
+    def learn(self, windows: torch.Tensor, positions: float) -> Losses:
         """Add the gradient of the mean loss to the weights' gradients.
 
         Random draws come from torch's own generator, whose state a checkpoint keeps.

@@ -66,12 +66,12 @@ class OnPolicy(Objective):
         )
         self.names = imitation.names
 
-    def learn(self, windows: torch.Tensor, positions: int) -> Losses:
+    def learn(self, windows: torch.Tensor, positions: float) -> Losses:
         """See `Objective.learn`."""
         if float(torch.rand(())) >= self._share:
             return self._imitation.learn(windows, positions)
         sampled = self.sampled(windows)
-        nominal = windows.shape[0] * (windows.shape[1] - 1)
+        nominal = self._imitation.positions(windows)
         predicted = sampled.shape[0] * (sampled.shape[1] - self._prompt)
         found = self._imitation.learn_after(sampled, self._prompt, positions * predicted / nominal)
         sums = {name: total * (nominal / predicted) for name, total in found.sums.items()}

@@ -6,8 +6,8 @@ The folder holds
 - ``windows.safetensors``: ``windows`` ``[held out + trained on, length]``, in the order in which they were
   drawn;
 - ``said-NNNNN.safetensors``: for a number of windows each, in that order, what the teacher says after each
-  token but the last: its k most likely tokens with their log-probabilities, and the tail, packed
-  (`compress.numerics.buckets`).
+  token but the last: its k most likely tokens, the tail, and tokens drawn from it, with their
+  log-probabilities, packed (`compress.numerics.buckets`).
 
 A run takes its windows from here, so that tokens, batches and epochs may be others than those of the run
 before it. It is refused where teacher, tokenizer, text or window are not those that the cache was made with.
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from compress.core.errors import DataError
 from compress.data.training import TrainingText
-from compress.numerics.buckets import Buckets, packed_layout, unpack
+from compress.numerics.buckets import packed_layout, unpack
 from compress.training.imitation import Distribution, Teacher
 
 NOTE_FILE: Final = "teacher.json"
@@ -59,7 +59,9 @@ class Note:
 
     Attributes:
         key: of all that determines its bytes.
-        k: tokens kept of each position.
+        seed: of the draws.
+        k: most likely tokens kept of each position.
+        draws: tokens drawn from the others.
         vocabulary: logits that a position had.
         windows: to train on.
         held_out: windows to validate on; they come first.
@@ -69,8 +71,10 @@ class Note:
     """
 
     key: str
+    seed: int
     origin: Origin
     k: int
+    draws: int
     vocabulary: int
     windows: int
     held_out: int
@@ -157,7 +161,7 @@ class TeacherCache(Teacher):
     def facts(self) -> Mapping[str, Any]:
         """What of it belongs into the record of a training."""
         note = self._note
-        return {"k": note.k, "precision": note.precision, "windows": note.windows}
+        return {"k": note.k, "draws": note.draws, "precision": note.precision, "windows": note.windows}
 
     def check(self, expected: Origin) -> None:
         """Refuse a cache of something else.
@@ -192,21 +196,17 @@ class TeacherCache(Teacher):
         trained = tokens[note.held_out : note.held_out + min(windows, note.windows)]
         return TrainingText(trained, judged, f"{note.description}, as cached; {len(trained):,} are used")
 
-    def lesson(self, windows: torch.Tensor) -> Callable[[slice], Distribution]:
+    def lesson(self, windows: torch.Tensor) -> Callable[[torch.Tensor], Distribution]:
         """See `Teacher.lesson`; the windows must be some of `text`."""
         found = [self._row(self._rows[_name(row)]) for row in windows.cpu()]
         buckets = unpack({name: torch.cat([row[name] for row in found]) for name in found[0]})
         there = buckets.to(windows.device)
         return there.rows
 
-    def buckets(self, row: int) -> Buckets:
-        """What the teacher says of one window, ``[length - 1, k]``; held-out windows come first."""
-        return unpack(self._row(row))
-
     def _row(self, row: int) -> dict[str, torch.Tensor]:
         number, place = divmod(row, self._note.file_windows)
         name = self._note.files[number]
-        layout = packed_layout(self._note.k, self._note.vocabulary)
+        layout = packed_layout(self._note.k, self._note.draws, self._note.vocabulary)
         return {key: self._tensor(name, key, place) for key in layout}
 
     def _tensor(self, file: str, key: str, row: int | None = None) -> torch.Tensor:

@@ -4,6 +4,7 @@ A file appears under its name when it is complete, and what is there is not comp
 killed goes on after its last file.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Final
 
@@ -21,9 +22,14 @@ _FILE_BYTES: Final = 2**25
 """Of one file, about: what a caching that was killed computes again at most."""
 
 
-def windows_a_file(window: int, k: int, vocabulary: int) -> int:
-    """How many windows go into one file."""
-    return max(1, _FILE_BYTES // ((window - 1) * packed_bytes(k, vocabulary)))
+def windows_a_file(window: int, position_bytes: int) -> int:
+    """How many windows go into one file.
+
+    Args:
+        window: tokens in a window.
+        position_bytes: what a packed position takes.
+    """
+    return max(1, _FILE_BYTES // ((window - 1) * position_bytes))
 
 
 def bytes_a_token(folder: Path, note: Note) -> float:
@@ -71,8 +77,11 @@ def write(
             if not (folder / name).is_file():
                 reporter.event("teacher.write", file=name)
                 packed: dict[str, list[torch.Tensor]] = {}
+                # Whichever file is written first, its draws are the same.
+                generator = torch.Generator(device).manual_seed(_seed(note, name))
                 for some in part.split(batch):
-                    for key, value in _said(teacher, some.to(device), note, chunk, arithmetic).items():
+                    said = _said(teacher, some.to(device), note, chunk, arithmetic, generator)
+                    for key, value in said.items():
                         packed.setdefault(key, []).append(value)
                     advance(some.numel())
                 _write_file(folder / name, packed, note, len(part))
@@ -83,18 +92,30 @@ def write(
 
 
 def _write_file(file: Path, packed: dict[str, list[torch.Tensor]], note: Note, count: int) -> None:
-    shapes = packed_layout(note.k, note.vocabulary)
+    shapes = packed_layout(note.k, note.draws, note.vocabulary)
     layout = {key: (dtype, (count, note.origin.window - 1, *shape)) for key, (dtype, shape) in shapes.items()}
     write_shard(file, layout, lambda key: torch.cat(packed[key]), lambda _: None)
 
 
 @torch.no_grad()
 def _said(
-    teacher: Halves, windows: torch.Tensor, note: Note, chunk: int, arithmetic: Arithmetic
+    teacher: Halves,
+    windows: torch.Tensor,
+    note: Note,
+    chunk: int,
+    arithmetic: Arithmetic,
+    generator: torch.Generator,
 ) -> dict[str, torch.Tensor]:
     """What the teacher says after each token but the last, packed, ``[batch, length - 1, ...]``."""
     with autocast(arithmetic, windows.device):
         states = teacher.states(windows)[:, :-1].flatten(0, 1)
-        parts = [pack(buckets(teacher.logits(some), note.k), note.vocabulary) for some in states.split(chunk)]
+        parts = [
+            pack(buckets(teacher.logits(some), note.k, note.draws, generator), note.vocabulary)
+            for some in states.split(chunk)
+        ]
     count = len(windows)
     return {key: torch.cat([part[key] for part in parts]).unflatten(0, (count, -1)) for key in parts[0]}
+
+
+def _seed(note: Note, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{name} of seed {note.seed}".encode()).digest()[:7], "little")

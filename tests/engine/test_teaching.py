@@ -80,12 +80,10 @@ def decisions(folder: Path) -> dict[str, Any]:
     return dict(lineage.steps[-1].decisions)
 
 
-@pytest.mark.parametrize(
-    "loss", ["forward_kl", "jensen_shannon", "forward_kl=0.5,total_variation=0.2,cross_entropy=0.3"]
-)
+@pytest.mark.parametrize("loss", ["forward_kl", "forward_kl=0.7,cross_entropy=0.3"])
 def test_a_cached_teacher_leads_to_where_the_live_one_leads(loss: str, place: Path, tmp_path: Path) -> None:
-    """Of 96 tokens 64 are kept; both students are judged by the live teacher."""
-    numbers = {"tokens": 5_120, "loss": loss}
+    """Of 96 tokens 64 are kept; both students are judged by the live teacher over all of them."""
+    numbers = {"tokens": 5_120, "loss": loss, "keep": "last"}
     engine.run(recipe(place, **numbers), tmp_path / "live", single=True)
     engine.run(recipe(place, cache=str(place / "cache"), **numbers), tmp_path / "cached", single=True)
     models = [
@@ -103,7 +101,7 @@ def test_a_cached_teacher_leads_to_where_the_live_one_leads(loss: str, place: Pa
     assert cached == pytest.approx(live, rel=0.02)
     found = decisions(tmp_path / "cached")
     assert found["teacher"] == Artifact.open(place / "teacher").digest
-    assert found["teacher_cache"] == {"k": 64, "precision": "float32", "windows": 80}
+    assert found["teacher_cache"] == {"k": 64, "draws": 12, "precision": "float32", "windows": 80}
     measured = [decisions(tmp_path / name)["validation"]["last"]["loss"] for name in ("live", "cached")]
     assert measured[1] == pytest.approx(measured[0], rel=0.05)
 
@@ -185,7 +183,7 @@ def test_a_killed_caching_goes_on_to_the_same_bytes(
     assert not out.exists()
     recorder = Recorder()
     cache(place, out, reporter=recorder)
-    assert recorder.count("teacher.write") == {1: 5, 2: 3, 4: 2}[moment[1]]
+    assert recorder.count("teacher.write") == {1: 6, 2: 4, 4: 3}[moment[1]]
     assert any("interrupted" in text for text in recorder.messages) == (moment[1] > 1)
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "whole"]

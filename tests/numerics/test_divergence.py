@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,6 +116,48 @@ def test_buckets_for_all_tokens_give_the_divergence_itself() -> None:
     found = imitation(student, buckets(teacher, 11), targets, Criterion(weights), with_gradient=True)
     torch.testing.assert_close(found.loss, whole.loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.gradient, whole.gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 4, 9])
+def test_drawn_tokens_give_the_forward_divergence_itself_on_average(k: int) -> None:
+    """Averaged over all tokens that can be drawn, weighted by their chances: without any noise."""
+    student, teacher, targets = drawn()
+    weights: Mapping[Term, float] = {"forward_kl": 0.7, "cross_entropy": 0.3}
+    whole = imitation(student, teacher, targets, Criterion(weights), with_gradient=True)
+    known = buckets(teacher, k)
+    distribution = teacher.log_softmax(-1)
+    loss, gradient = torch.zeros_like(whole.loss), torch.zeros_like(student)
+    for token in range(11):
+        column = torch.full((len(teacher), 1), token)
+        each = replace(known, drawn=column, drawn_log_probabilities=distribution[:, token, None])
+        chance = (distribution[:, token] - known.tail.double()).exp()
+        chance[(known.tokens == token).any(-1)] = 0.0
+        found = imitation(student, each, targets, Criterion(weights), with_gradient=True)
+        assert found.gradient is not None
+        loss += chance * found.loss
+        gradient += chance[:, None] * found.gradient
+    torch.testing.assert_close(loss, whole.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, whole.gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_drawn_tokens_change_no_other_divergence() -> None:
+    student, teacher, targets = drawn()
+    criterion = Criterion({"reverse_kl": 0.5, "jensen_shannon": 0.3, "total_variation": 0.2})
+    plain = imitation(student, buckets(teacher, 4), targets, criterion, with_gradient=True)
+    found = imitation(student, buckets(teacher, 4, 3), targets, criterion, with_gradient=True)
+    assert torch.equal(found.loss, plain.loss)
+    assert found.gradient is not None
+    assert plain.gradient is not None
+    assert torch.equal(found.gradient, plain.gradient)
+
+
+def test_where_there_is_no_tail_draws_count_nothing() -> None:
+    student, teacher, targets = drawn()
+    teacher[:, 4:] = -torch.inf
+    found = imitation(student, buckets(teacher, 4, 3), targets, Criterion(), with_gradient=True)
+    expected = imitation(student, teacher, targets, Criterion(), with_gradient=True)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"])
