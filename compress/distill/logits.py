@@ -1,14 +1,25 @@
 """Distillation of next-token distributions: a student learns to say what its teacher says of every position.
 
 The way to win back what pruning took, and, with a text that is like what will be served, to fit a smaller
-model to it. The loss is the forward divergence KL(teacher || student) of distributions softened by a
-temperature, times its square, and a share of plain cross-entropy on the text (section 2 of the paper). A
-distribution says of each position more than the one token that came next, so that a few million tokens go
-a long way; cross-entropy alone needs many more, and pulls a student away from its teacher towards the text.
+model to it. A distribution says of each position more than the one token that came next, so that a few
+million tokens go a long way; cross-entropy alone needs many more, and pulls a student away from its teacher
+towards the text.
+
+The loss is a weighted sum (`loss`): the forward divergence KL(teacher || student), which covers all that the
+teacher says; the reverse one, which leaves out what the student cannot say; the generalised Jensen-Shannon
+divergence between them (`beta`); the total variation; and plain cross-entropy on the text. Distributions are
+softened by a temperature, and divergences are multiplied by its square (section 2 of the paper). The loss of
+the validation text is measured without it. `compress.training.csv` has the forward divergence and the
+cross-entropy in any case, as `divergence` and `cross_entropy`.
 
 Any artifact can teach, a quantized one too: it is run as the bench would run it. It must have the student's
 vocabulary, since probabilities are compared token by token. Its logits are computed as it is asked, and
-never stored: for a vocabulary of 150,000 a million tokens of them would be 600 GB.
+never stored: for a vocabulary of 150,000 a million tokens of them would be 600 GB. What can be stored, once
+and for every later run, is its most likely tokens, the sum of all others, and a few drawn from these
+(`compress teacher cache`, `cache`). The student's tokens are then put together in the same way; the forward
+divergence learns from the drawn ones what is inside the sum, so that on average it is that over the whole
+vocabulary, and the other divergences leave the proportions inside it to the student. Windows are those of
+the cache.
 
 A student that is stored as integers (compressed-tensors or GPTQ) is trained on its own grid: each pass
 multiplies with the rounded weights that a reader of the artifact sees, gradients go straight through the
@@ -22,24 +33,25 @@ a run that was killed goes on from its last checkpoint to the same bytes, on the
 same number of threads. `compress.training.csv` in the result has one row a step.
 """
 
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from compress.core.errors import PlanError
-from compress.core.passes import Needs, Outcome, Paper
-from compress.training.trainer import Trainer
+from compress.core.passes import Paper
+from compress.numerics.criterion import Criterion, Term
+from compress.training.distiller import Distiller
 
 if TYPE_CHECKING:
-    from compress.core.artifact import Artifact
-    from compress.core.run import Run
-    from compress.data.training import TrainingText
-    from compress.training.loop import Trained
+    from compress.training.head import Halves
+    from compress.training.imitation import Teacher
+    from compress.training.objective import Objective
+    from compress.training.precision import Arithmetic
 
 
 @final
-class Logits(Trainer):
+class Logits(Distiller):
     """Learn a teacher's next-token distributions."""
 
     summary: ClassVar[str] = "train the model to predict what a teacher predicts; wins back what pruning took"
@@ -51,164 +63,76 @@ class Logits(Trainer):
     )
     examples: ClassVar[tuple[str, ...]] = (
         "--teacher TEACHER --train TEXT --tokens 5_000_000",
-        "--teacher TEACHER --train TEXT --temperature 2 --cross-entropy 0.1 --learning-rate 5e-4",
+        "--teacher TEACHER --train TEXT --temperature 2 --loss forward_kl=0.9,cross_entropy=0.1",
+        "--teacher TEACHER --train TEXT --loss jensen_shannon=1 --beta 0.1",
+        "--teacher TEACHER --train TEXT --cache CACHE",
     )
-    other_models: ClassVar[tuple[str, ...]] = ("teacher",)
+    other_folders: ClassVar[tuple[str, ...]] = ("cache",)
 
-    teacher: str = Field(
-        default="$model",
+    loss: dict[Term, float] = Field(
+        default={"forward_kl": 1.0},
         min_length=1,
-        description="model to learn from: a folder, a hub id, builtin:NAME, or `$model`, the model that the "
-        "recipe starts from",
+        description="what is minimised, terms with weights: `forward_kl`, `reverse_kl`, `jensen_shannon`, "
+        "`total_variation` and `cross_entropy`, as in `forward_kl=0.7,cross_entropy=0.3`",
+    )
+    beta: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of the teacher in the mixture of `jensen_shannon`: near 0 it is like the forward "
+        "divergence, near 1 like the reverse one, and at both ends it is that divergence",
     )
     temperature: float = Field(
         default=1.0, gt=0, description="what both models' logits are divided by; above 1 small chances count"
     )
-    cross_entropy: float = Field(
-        default=0.0, ge=0, le=1, description="share of the cross-entropy on the text in the loss"
-    )
-    chunk: int | Literal["auto"] = Field(
-        default="auto",
-        description="positions whose logits stand in memory at once; `auto` goes by vocabulary and device",
+    cache: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder of `compress teacher cache` with what this teacher says of this text; without it "
+        "the teacher is run over every batch",
     )
 
-    @field_validator("chunk")
+    @field_validator("loss", mode="before")
     @classmethod
-    def _positive(cls, value: int | Literal["auto"]) -> int | Literal["auto"]:
-        if value != "auto" and value < 1:
-            raise ValueError("must be a positive number of positions or 'auto'")
+    def _spelled(cls, value: Any) -> Any:
+        """Terms from a command line; a term alone has the weight 1."""
+        if not isinstance(value, str):
+            return value
+        pairs = (entry.partition("=") for entry in value.split(","))
+        return {name.strip(): weight if equals else 1.0 for name, equals, weight in pairs}
+
+    @field_validator("loss")
+    @classmethod
+    def _weighted(cls, value: dict[Term, float]) -> dict[Term, float]:
+        for name, weight in value.items():
+            if not (weight > 0 and isfinite(weight)):
+                raise ValueError(f"the weight of {name} must be a number above 0: leave the term out")
         return value
 
-    def _teacher(self, source: "Artifact", run: "Run") -> "Artifact":
-        from compress.training.teacher import teacher_of
-
-        teacher = teacher_of(self, "teacher", source, run)
-        if self.cross_entropy == 0 and teacher.digest == source.digest:
-            raise PlanError(
-                f"teacher and student are the same model ({source.path}): there is nothing to learn",
-                "give another --teacher, or a --cross-entropy above 0 to train on the text",
+    @model_validator(mode="after")
+    def _consistent(self) -> "Logits":
+        if self.cache is not None and self.temperature != 1.0:
+            raise ValueError(
+                "a cached teacher cannot be softened, since of the tail it knows the sum alone: "
+                "leave out temperature, or cache"
             )
-        return teacher
+        return self
 
-    def check(self, source: "Artifact", run: "Run") -> Needs:
-        """Refuse a missing text, another task and a teacher of another vocabulary; predict the work."""
-        from compress.data import training
-        from compress.models.load import skeleton
-        from compress.training import integers
-        from compress.training.precision import resolved
-        from compress.training.prediction import Shape, chunk_of, predict
-        from compress.training.teacher import same_vocabulary
+    @property
+    def learns_text(self) -> bool:
+        """See `Distiller.learns_text`."""
+        return "cross_entropy" in self.loss
 
-        teacher = self._teacher(source, run)
-        integers.check(self, source, run)
-        student_shape = Shape.of(skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code))
-        teacher_shape = Shape.of(skeleton(teacher, task="auto", trust_remote_code=run.trust_remote_code))
-        same_vocabulary(source, teacher, (student_shape.vocabulary, teacher_shape.vocabulary), run)
-        if run.training is not None:
-            training.check(run.training)
-        chunk = chunk_of(student_shape.vocabulary, run.device) if self.chunk == "auto" else self.chunk
-        arithmetic = resolved(self.precision, run.device)
-        return predict(self, source, student_shape, teacher_shape, arithmetic, run.device, chunk)
+    @property
+    def stored(self) -> Path | None:
+        """See `Distiller.stored`."""
+        return None if self.cache is None else Path(self.cache).expanduser()
 
-    def apply(self, source: "Artifact", target: Path, run: "Run") -> Outcome:
-        """Train, take up what was trained before, and write the weights that are kept."""
-        import torch
+    def objective(
+        self, model: Any, student: "Halves", teacher: "Teacher", chunk: int, arithmetic: "Arithmetic"
+    ) -> "Objective":
+        """See `Distiller.objective`."""
+        from compress.training.imitation import Distributions
 
-        from compress.core.artifact import TRAINING_FILE
-        from compress.training import integers
-        from compress.training.loop import Loop
-        from compress.training.precision import deterministic, resolved
-        from compress.training.student import Student
-
-        teacher = self._teacher(source, run)
-        arithmetic = resolved(self.precision, run.device)
-        device = torch.device(run.device)
-        with deterministic(device):
-            student = Student(source, run, scales=self.scales == "train", origin=integers.origin_of(run))
-            text = _drawn(self, source, run, int(student.model.get_input_embeddings().weight.shape[0]))
-            run.reporter.message(text.description)
-            run.scratch.mkdir(parents=True, exist_ok=True)
-            objective = _objective(self, student.model, teacher, run, text, arithmetic)
-            trained = Loop(student.model, objective, text, self, run).train()
-        if trained.kept == 0:
-            run.reporter.message(
-                "warning: no step made the validation loss smaller; the weights are those of the source "
-                "(other --learning-rate or --train?)"
-            )
-            student.reload()
-        told: Any = lambda file, name: run.reporter.event("shard.tensor", file=file, tensor=name)  # noqa: E731
-        meant = student.write(target, told)
-        (target / TRAINING_FILE).write_text(trained.history.csv(), encoding="utf-8")
-        changed = sum(entry.changed for entry in meant.values())
-        decisions = {"changed": changed, "precision": arithmetic, **_told(trained, text, self)}
-        return Outcome({**decisions, "teacher": teacher.digest}, meant)
-
-
-def _drawn(method: Logits, source: "Artifact", run: "Run", vocabulary: int) -> "TrainingText":
-    from compress.data import training
-    from compress.models.load import tokenizer
-
-    if run.training is None:
-        raise PlanError("the method needs training text", "give --train TEXT or data.train")
-    words = None
-    if training.needs_tokenizer(run.training):
-        words = tokenizer(source, trust_remote_code=run.trust_remote_code)
-    return training.draw(
-        run.training,
-        words,
-        run.seed,
-        vocabulary,
-        windows=method.steps * method.batch * method.accumulation,
-        held_out=method.evaluation_windows,
-        length=method.window,
-    )
-
-
-def _objective(
-    method: Logits, student: Any, teacher: "Artifact", run: "Run", text: "TrainingText", arithmetic: Any
-) -> Any:
-    """The loss; the teacher is brought into memory as the bench would bring it."""
-    import torch
-
-    from compress.models.tasks import TextGeneration
-    from compress.runtimes import Placement
-    from compress.runtimes.torch_eager import load_model
-    from compress.training.head import halves
-    from compress.training.imitation import Distributions
-    from compress.training.precision import autocast
-    from compress.training.prediction import chunk_of
-
-    placement = Placement(run.device, arithmetic, run.trust_remote_code)
-    model, _ = load_model(teacher, TextGeneration(), placement)
-    device = torch.device(run.device)
-    probe = text.held_out[:1, :8].to(device)
-    with autocast(arithmetic, device):
-        parts = halves(student, probe), halves(model.requires_grad_(False), probe)
-    chunk = method.chunk
-    if chunk == "auto":
-        chunk = chunk_of(student.get_input_embeddings().weight.shape[0], run.device)
-    return Distributions(
-        *parts,
-        temperature=method.temperature,
-        share=method.cross_entropy,
-        chunk=chunk,
-        arithmetic=arithmetic,
-    )
-
-
-def _told(trained: "Trained", text: "TrainingText", method: Logits) -> dict[str, Any]:
-    """What the lineage remembers of a training; the rest is in its table."""
-    history = trained.history
-    return {
-        "steps": trained.steps,
-        "tokens": trained.steps * method.step_tokens,
-        "windows": len(text.windows),
-        "zeros_kept": trained.zeros,
-        "kept_step": trained.kept,
-        "validation": {
-            "windows": len(text.held_out),
-            "before": history.evaluation(0),
-            "last": history.evaluation(trained.steps),
-            "best": {"step": trained.best, **history.evaluation(trained.best)},
-        },
-    }
+        criterion = Criterion(self.loss, self.beta, self.temperature)
+        return Distributions(student, teacher, criterion=criterion, chunk=chunk, arithmetic=arithmetic)

@@ -187,7 +187,7 @@ def _circumstances(recipe: Recipe, reporter: Reporter) -> Run:
     return Run(
         task=recipe.task,
         seed=recipe.seed,
-        device=_device(recipe.device),
+        device=device_of(recipe.device),
         threads=recipe.threads or os.cpu_count() or 1,
         calibration=calibration,
         training=training,
@@ -196,7 +196,12 @@ def _circumstances(recipe: Recipe, reporter: Reporter) -> Run:
     )
 
 
-def _device(asked: str) -> Device:
+def device_of(asked: str) -> Device:
+    """The device that a recipe or a flag means on this machine.
+
+    Raises:
+        EnvironmentFault: a GPU is asked for, and there is none.
+    """
     import torch
 
     available = torch.cuda.is_available()

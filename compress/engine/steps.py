@@ -37,11 +37,15 @@ def step_run(method: Pass, source: Artifact, run: Run, scratch: Path) -> Run:
 
 
 def identified(method: Pass, run: Run) -> Pass:
-    """The pass with the models that it names replaced by what they hold: as it enters key and lineage.
+    """The pass with the folders that it names replaced by what they hold: as it enters key and lineage.
 
     A teacher that lies in another folder is the same teacher, and one that was changed is another.
     """
-    digests = {option: f"sha256:{digest_of(folder)}" for option, folder in run.models.items()}
+    folders = dict(run.models)
+    for option in method.other_folders if isinstance(method, Trainer) else ():
+        if (named := getattr(method, option)) is not None:
+            folders[option] = Path(named).expanduser()
+    digests = {option: f"sha256:{digest_of(folder)}" for option, folder in folders.items()}
     return method.model_copy(update=digests) if digests else method
 
 

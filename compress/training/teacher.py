@@ -39,6 +39,18 @@ def teacher_of(method: Trainer, option: str, source: Artifact, run: Run) -> Arti
             f"the {option} of {use} is not at hand", f"hand its folder over in Run.models['{option}']"
         )
     teacher = Artifact.open(run.models[option])
+    check_teacher(teacher)
+    for model in (source, teacher):
+        check_room(model, method.window)
+    return teacher
+
+
+def check_teacher(teacher: Artifact) -> None:
+    """Refuse a model that cannot teach, whoever the student is.
+
+    Raises:
+        PlanError: it writes no text, or cannot be run here.
+    """
     if Fact.TRANSFORMERS not in teacher.facts:
         raise PlanError(f"teacher {teacher.path} is no transformers model", "give a model folder or a hub id")
     if not isinstance(resolve("auto", teacher.config), TextGeneration):
@@ -50,14 +62,20 @@ def teacher_of(method: Trainer, option: str, source: Artifact, run: Run) -> Arti
             f"teacher {teacher.path} is a '{kind}' model, which cannot be run here",
             f"give the float model, or one in the format {_RUNS}",
         )
-    for model in (source, teacher):
-        room = positions(model.config)
-        if room is not None and method.window > room:
-            raise PlanError(
-                f"windows of {method.window} tokens are longer than the {room} positions of {model.path}",
-                f"set window to at most {room} (--window {room})",
-            )
-    return teacher
+
+
+def check_room(model: Artifact, window: int) -> None:
+    """Refuse windows that a model has no positions for.
+
+    Raises:
+        PlanError: saying how many it has.
+    """
+    room = positions(model.config)
+    if room is not None and window > room:
+        raise PlanError(
+            f"windows of {window} tokens are longer than the {room} positions of {model.path}",
+            f"set window to at most {room} (--window {room})",
+        )
 
 
 def same_vocabulary(source: Artifact, teacher: Artifact, sizes: tuple[int, int], run: Run) -> None:

@@ -26,6 +26,8 @@ class Trainer(Pass):
     needs_one_of: ClassVar[frozenset[Fact]] = frozenset({Fact.TRANSFORMERS, Fact.GPTQ_CHECKPOINT})
     other_models: ClassVar[tuple[str, ...]] = ()
     """Options that name another model; the engine finds it and hands it over in `Run.models`."""
+    other_folders: ClassVar[tuple[str, ...]] = ()
+    """Options that may name a folder of something else; what it holds is part of what is computed."""
 
     tokens: int = Field(default=1_000_000, ge=1, description="tokens to train on in all, at most")
     window: int = Field(default=512, ge=2, description="tokens in one training sequence")
