@@ -61,6 +61,9 @@ OWN: Final[Mapping[str, Mapping[str, Any]]] = {
     # The last weights are not the first.
     "distill.logits": {"keep": "last"},
     "distill.on_policy": {"keep": "last"},
+    # Less than a step of the grid would be rounded away.
+    "distill.lora": {"keep": "last", "rank": 4, "learning_rate": 0.05},
+    "distill.student": {"layers": 2},
     # Three of four heads are no whole groups where two share their keys and values.
     "prune.width": {"keep": 0.5},
     # At 4 bits there is a model here whose rounding no factor makes better.

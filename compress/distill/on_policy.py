@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 
 from compress.core.passes import Paper
 from compress.numerics.criterion import Criterion
-from compress.training.distiller import Distiller
+from compress.training.distiller import Comparison, Distiller
 
 if TYPE_CHECKING:
     from compress.training.head import Halves
@@ -79,6 +79,11 @@ class OnPolicy(Distiller):
     def learns_text(self) -> bool:
         """See `Distiller.learns_text`."""
         return False
+
+    @property
+    def comparison(self) -> Comparison:
+        """See `Distiller.comparison`."""
+        return "same"
 
     @property
     def stored(self) -> Path | None:

@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     from compress.training.objective import Objective
     from compress.training.precision import Arithmetic
 
+Comparison = Literal["same", "aligned", "uld"]
+"""How the tokens of student and teacher are compared; what they are is in `compress.numerics.outcomes`."""
+
 
 class Distiller(Trainer):
-    """A pass that trains all weights of a model to say what a teacher says."""
+    """A pass that trains a model to say what a teacher says."""
 
     other_models: ClassVar[tuple[str, ...]] = ("teacher",)
 
@@ -58,6 +61,11 @@ class Distiller(Trainer):
     def stored(self) -> Path | None:
         """The folder with what the teacher says, where it is not to be asked again."""
 
+    @property
+    @abstractmethod
+    def comparison(self) -> Comparison:
+        """How tokens are compared."""
+
     @abstractmethod
     def objective(
         self, model: Any, student: "Halves", teacher: "Teacher", chunk: int, arithmetic: "Arithmetic"
@@ -75,12 +83,13 @@ class Distiller(Trainer):
         from compress.models.load import skeleton
         from compress.training.precision import resolved
         from compress.training.prediction import Shape, predict
-        from compress.training.teacher import same_vocabulary
+        from compress.training.trainee import check
 
         teacher = self._found(source, run)
         student_shape = Shape.of(skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code))
         teacher_shape = Shape.of(skeleton(teacher, task="auto", trust_remote_code=run.trust_remote_code))
-        same_vocabulary(source, teacher, (student_shape.vocabulary, teacher_shape.vocabulary), run)
+        check(self, source, run)
+        self._compared(source, teacher, (student_shape.vocabulary, teacher_shape.vocabulary), run)
         if run.training is not None:
             training.check(run.training)
         if self.stored is not None:
@@ -97,20 +106,20 @@ class Distiller(Trainer):
         from compress.core.artifact import TRAINING_FILE
         from compress.training.loop import Loop
         from compress.training.precision import deterministic, resolved
-        from compress.training.student import Student
+        from compress.training.trainee import means_of, trainee_of
+        from compress.training.vocabularies import restricted
 
         teacher = self._found(source, run)
         arithmetic = resolved(self.precision, run.device)
         with deterministic(torch.device(run.device)):
-            student = Student(source, run)
-            vocabulary = int(student.model.get_input_embeddings().weight.shape[0])
-            text, teaching, told = self._lessons(source, teacher, run, vocabulary, arithmetic)
+            student = trainee_of(self, source, run)
+            sizes = _tables(source, teacher, run)
+            count = self._compared(source, teacher, sizes, run)
+            text, teaching, told = self._lessons(source, teacher, run, count, arithmetic)
             run.reporter.message(text.description)
             run.scratch.mkdir(parents=True, exist_ok=True)
-            parts = _halves(student.model, text, run, arithmetic)
-            objective = self.objective(
-                student.model, parts, teaching, self._chunk(vocabulary, run), arithmetic
-            )
+            parts = restricted(_halves(student.model, text, run, arithmetic), sizes[0], count)
+            objective = self.objective(student.model, parts, teaching, self._chunk(sizes[0], run), arithmetic)
             trained = Loop(student.model, objective, text, self, run).train()
         if trained.kept == 0:
             run.reporter.message(
@@ -118,6 +127,7 @@ class Distiller(Trainer):
                 "(other --learning-rate or --train?)"
             )
             student.reload()
+        told |= student.settle(target, lambda: means_of(objective, text.held_out, self.batch, run.device))
         heard: Any = lambda file, name: run.reporter.event("shard.tensor", file=file, tensor=name)  # noqa: E731
         meant = student.write(target, heard)
         (target / TRAINING_FILE).write_text(trained.history.csv(), encoding="utf-8")
@@ -135,6 +145,27 @@ class Distiller(Trainer):
                 "give another --teacher, or a loss with cross_entropy to train on the text",
             )
         return teacher
+
+    def _compared(self, source: "Artifact", teacher: "Artifact", sizes: tuple[int, int], run: "Run") -> int:
+        """Tokens of the student that are compared, the first of its table.
+
+        Args:
+            sizes: rows of the tables of student and teacher.
+        """
+        from compress.training.teacher import same_vocabulary
+        from compress.training.vocabularies import translation
+
+        if self.comparison != "same":
+            translation(source, teacher, run)
+            return sizes[0]
+        count = same_vocabulary(source, teacher, sizes, run)
+        if self.stored is not None and count < sizes[0]:
+            raise PlanError(
+                f"the tables of {source.path} and teacher {teacher.path} have {sizes[0]:,} and {sizes[1]:,} "
+                "rows for one tokenizer, and a cached teacher is of the longer one",
+                "leave --cache out, and the teacher is run",
+            )
+        return count
 
     def _chunk(self, vocabulary: int, run: "Run") -> int:
         from compress.training.prediction import chunk_of
@@ -167,7 +198,9 @@ class Distiller(Trainer):
         from compress.models.tasks import TextGeneration
         from compress.runtimes import Placement
         from compress.runtimes.torch_eager import load_model
+        from compress.training.across import ForeignTeacher
         from compress.training.imitation import LiveTeacher
+        from compress.training.vocabularies import restricted, translation
 
         count = self.steps * self.batch * self.accumulation
         if self.stored is not None:
@@ -187,7 +220,12 @@ class Distiller(Trainer):
         # As the bench would bring it into memory.
         placement = Placement(run.device, arithmetic, run.trust_remote_code)
         model, _ = load_model(teacher, TextGeneration(), placement)
-        return text, LiveTeacher(_halves(model.requires_grad_(False), text, run, arithmetic)), {}
+        parts = _halves(model.requires_grad_(False), text, run, arithmetic)
+        if self.comparison != "same":
+            words = translation(source, teacher, run)
+            return text, ForeignTeacher(parts, words), {"pairs": len(words.pairs)}
+        rows = int(model.get_input_embeddings().weight.shape[0])
+        return text, LiveTeacher(restricted(parts, rows, vocabulary)), {"compared_tokens": vocabulary}
 
 
 def _tokenizer(source: "Artifact", run: "Run") -> Any:
@@ -207,8 +245,22 @@ def _halves(model: Any, text: "TrainingText", run: "Run", arithmetic: "Arithmeti
     from compress.training.precision import autocast
 
     device = torch.device(run.device)
+    # Another vocabulary may end earlier, and any token will do.
+    probe = text.held_out[:1, :8].clamp(max=model.get_input_embeddings().weight.shape[0] - 1)
     with autocast(arithmetic, device):
-        return halves(model, text.held_out[:1, :8].to(device))
+        return halves(model, probe.to(device))
+
+
+def _tables(source: "Artifact", teacher: "Artifact", run: "Run") -> tuple[int, int]:
+    """Rows of the tables of student and teacher."""
+    from compress.models.load import skeleton
+
+    models = (
+        skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code),
+        skeleton(teacher, task="auto", trust_remote_code=run.trust_remote_code),
+    )
+    ours, theirs = (int(model.get_input_embeddings().weight.shape[0]) for model in models)
+    return ours, theirs
 
 
 def _told(trained: "Trained", text: "TrainingText", method: Trainer) -> dict[str, Any]:

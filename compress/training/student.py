@@ -5,10 +5,10 @@ in its own format: bits, groups and zero points stay, integers and floats change
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 
@@ -24,9 +24,11 @@ from compress.models.load import loaded_dtype, skeleton
 from compress.numerics.affine import Quantized, quantize
 from compress.numerics.fingerprint import fingerprint
 from compress.training import integers
+from compress.training.trainee import Trainee
 
 
-class Student:
+@final
+class Student(Trainee):
     """A whole model in float32, all of whose float weights are trained, also those behind integers.
 
     Dropout stays off: a student repairs what it lost, in far fewer steps than would overfit it, and the
@@ -97,19 +99,12 @@ class Student:
                 weight = integers.latent_of(self._there, layer)
                 weight.copy_(self._matrix(layer).dequantize())
 
+    def settle(self, target: Path, judged: Callable[[], Mapping[str, float]]) -> dict[str, Any]:
+        """See `Trainee.settle`: it is trained in the form in which it is written."""
+        return {}
+
     def write(self, target: Path, told: Callable[[str, str], None]) -> dict[str, Meant]:
-        """Write a folder with the layout of the source: the same files, names, precisions and formats.
-
-        Args:
-            target: gets weights, index and everything that travels along.
-            told: hears of file and tensor before each is written.
-
-        Returns:
-            what every weight on disk must be after loading, by its float name.
-
-        Raises:
-            PlanError: a trained scale has no place in the format.
-        """
+        """See `Trainee.write`."""
         values = self._values()
         meant: dict[str, Meant] = {}
         files: dict[str, list[str]] = {}

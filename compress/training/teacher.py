@@ -78,24 +78,32 @@ def check_room(model: Artifact, window: int) -> None:
         )
 
 
-def same_vocabulary(source: Artifact, teacher: Artifact, sizes: tuple[int, int], run: Run) -> None:
+def same_vocabulary(source: Artifact, teacher: Artifact, sizes: tuple[int, int], run: Run) -> int:
     """Refuse a teacher whose token numbers mean other tokens than the student's.
 
     Args:
-        sizes: logits of a position, of student and teacher.
+        sizes: logits of a position, of student and teacher. Tables of one tokenizer may be padded
+            differently.
+
+    Returns:
+        tokens that can be compared: all where the tables are of one size, else those that the tokenizer has.
 
     Raises:
         PlanError: saying what differs.
     """
-    hint = "a teacher has to have the student's vocabulary: give another model of the same family"
-    if sizes[0] != sizes[1]:
+    hint = (
+        "give another model of the same family, or compare across tokenizers: --vocabulary aligned or uld, "
+        "where the method has it"
+    )
+    if not all((model.path / "tokenizer_config.json").is_file() for model in (source, teacher)):
+        if sizes[0] == sizes[1]:
+            return sizes[0]  # Where one of them knows no words, numbers are all that can be compared.
         raise PlanError(
             f"the vocabularies differ: {source.path} has {sizes[0]:,} tokens, "
-            f"teacher {teacher.path} has {sizes[1]:,}",
-            hint,
+            f"teacher {teacher.path} has {sizes[1]:,}, and one of them has no tokenizer to say which are the "
+            "same",
+            "put the tokenizer's files into both folders, or give another model of the same family",
         )
-    if not all((model.path / "tokenizer_config.json").is_file() for model in (source, teacher)):
-        return  # Where one of them knows no words, numbers are all that can be compared.
     ours, theirs = (
         tokenizer(model, trust_remote_code=run.trust_remote_code).get_vocab() for model in (source, teacher)
     )
@@ -106,3 +114,13 @@ def same_vocabulary(source: Artifact, teacher: Artifact, sizes: tuple[int, int],
             f"{theirs.get(word, 'none')} of teacher {teacher.path}",
             hint,
         )
+    if sizes[0] == sizes[1]:
+        return sizes[0]
+    count = 1 + max(ours.values())
+    if count > min(sizes):
+        shorter = source if sizes[0] < sizes[1] else teacher
+        raise PlanError(
+            f"the tokenizer has {count:,} tokens, and {shorter.path} has rows for {min(sizes):,} of them",
+            "does the tokenizer belong to the model?",
+        )
+    return count
