@@ -77,13 +77,13 @@ class Result:
 
 
 SUBJECTS: Final = {
-    "quickstart": Subject("builtin:quickstart", "builtin:stories", "builtin:stories/test", 128, 196_608),
+    "quickstart": Subject("builtin:quickstart", "builtin:stories", "builtin:stories/test", 128, 98_304),
     "gutenberg-4m": Subject(
         str(SHARED / "models/gutenberg-4m"),
         str(SHARED / "data/gutenberg_train.txt.gz"),
         str(SHARED / "data/gutenberg_valid.txt.gz"),
         256,
-        262_144,
+        131_072,
     ),
 }
 RTN: Final = {"use": "quantize.rtn", "bits": BITS, "group_size": "channel"}
@@ -190,8 +190,8 @@ def render() -> None:
     lines = [
         "# What training integers wins back",
         "",
-        f"Made by `benchmarks/quantized_recovery.py`. The body at {BITS} bits, one scale a row; losses in nats a "
-        f"token on {HELD_OUT} windows that were not trained on, by stock transformers in float32.",
+        f"Made by `benchmarks/quantized_recovery.py`. The body at {BITS} bits, one scale a row; losses in "
+        f"nats a token on {HELD_OUT} windows that were not trained on, by stock transformers in float32.",
         "",
     ]
     for file in sorted(REPORT.glob("*.json")):
@@ -200,7 +200,7 @@ def render() -> None:
         lines += [
             f"## {file.stem}",
             "",
-            f"{subject['tokens']:,} tokens in windows of {subject['window']}, learning rate {subject['learning_rate']}.",
+            f"{subject['tokens']:,} tokens in windows of {subject['window']}, at {subject['learning_rate']}.",
             "",
             "| | loss | regained |",
             "|---|---|---|",

@@ -24,7 +24,7 @@ from compress.core.run import Run
 from compress.formats.shards import write_index, write_shard
 from compress.models.blocks import find_blocks
 from compress.models.checkpoint import Checkpoint
-from compress.models.headers import read_model
+from compress.models.headers import SINGLE_FILE, read_model
 from compress.models.load import configuration, loaded_dtype, quiet, skeleton
 from compress.numerics.fingerprint import fingerprint
 from compress.sweep.config_search import HEAD_WIDTH, ConfigSearch, Shapes, model_of
@@ -63,6 +63,7 @@ class Reshaping:
         shapes: of its parameters, by name.
         checkpoint: the large model on disk.
         origin: for each name on disk of the small model that of the large one.
+        tied: for each parameter outside the blocks the first name of the same weight.
     """
 
     config: Mapping[str, Any]
@@ -70,10 +71,16 @@ class Reshaping:
     shapes: Shapes
     checkpoint: Checkpoint
     origin: Mapping[str, str]
+    tied: Mapping[str, str]
+
+    def parameter(self, name: str) -> str:
+        """The parameter that a tensor on disk fills."""
+        parameter = _renamed(self.checkpoint.target[self.origin[name]], self.origin[name], name)
+        return self.tied.get(parameter, parameter)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor on disk."""
-        return self.shapes[_renamed(self.checkpoint.target[self.origin[name]], self.origin[name], name)]
+        return self.shapes[self.parameter(name)]
 
 
 def plan(wanted: Wanted, source: Artifact, run: Run) -> Reshaping:
@@ -96,8 +103,7 @@ def plan(wanted: Wanted, source: Artifact, run: Run) -> Reshaping:
     document = dict(source.config)
     layers = _evenly(len(blocks), _smaller("layers", wanted.layers, len(blocks)))
     document |= _layers(config, len(blocks), layers)
-    if wanted.hidden is not None:
-        _smaller("hidden", wanted.hidden, config.hidden_size)
+    if _smaller("hidden", wanted.hidden, config.hidden_size) != config.hidden_size:
         document[_field(config, "hidden_size")] = wanted.hidden
         # Narrower heads would turn by other angles; a class that has a field for their width keeps it.
         width = getattr(config, HEAD_WIDTH, None)
@@ -117,7 +123,7 @@ def plan(wanted: Wanted, source: Artifact, run: Run) -> Reshaping:
         )
     stack = blocks[0].name.rpartition(".")[0]
     origin = _origins(checkpoint, stack, layers)
-    made = Reshaping(document, layers, shapes, checkpoint, origin)
+    made = Reshaping(document, layers, shapes, checkpoint, origin, _tied(model))
     _check_tensors(made, model)
     return made
 
@@ -150,13 +156,11 @@ def reshape(wanted: Wanted, weights: Weights, source: Artifact, target: Path, ru
     meant: dict[str, Meant] = {}
 
     def bring(name: str) -> torch.Tensor:
-        old = made.origin[name]
-        before = made.checkpoint.tensor(old)
+        before = made.checkpoint.tensor(made.origin[name])
         if drawn is None:
             after = _cut(before, made.shape(name))
         else:
-            parameter = _renamed(made.checkpoint.target[old], old, name)
-            after = drawn[parameter].to(before.dtype)
+            after = drawn[made.parameter(name)].to(before.dtype)
         same = name in known and torch.equal(after, made.checkpoint.tensor(name))
         meant[name] = Meant(fingerprint(after if same else after.to(loaded)), not same)
         return after
@@ -169,7 +173,7 @@ def reshape(wanted: Wanted, weights: Weights, source: Artifact, target: Path, ru
     for file, names in sorted(files.items()):
         layout = {name: (made.checkpoint.dtype(made.origin[name]), made.shape(name)) for name in names}
         written += write_shard(target / file, layout, bring, partial(_told, run, file))
-    if len(where) and set(where.values()) != {"model.safetensors"}:
+    if set(where.values()) != {SINGLE_FILE}:
         write_index(target, files, written)
     carry(source, target)
     parameters = {
@@ -296,8 +300,14 @@ def _renamed(target: str, old: str, new: str) -> str:
     return ".".join([*parts[:at], after[place], *parts[at + 1 :]])
 
 
+def _tied(model: Any) -> dict[str, str]:
+    first: dict[int, str] = {}
+    names = model.named_parameters(remove_duplicate=False)
+    return {name: first.setdefault(id(weight), name) for name, weight in names}
+
+
 def _check_tensors(made: Reshaping, model: Any) -> None:
-    """Refuse tensors that transformers puts together or turns while it loads."""
+    """Refuse tensors that transformers changes while it loads, and shapes in which a model has other weights."""
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
     for old in sorted(set(made.origin.values())):
         target = made.checkpoint.target[old]
@@ -306,6 +316,11 @@ def _check_tensors(made: Reshaping, model: Any) -> None:
                 f"'{old}' is not stored as the model holds it, so that it cannot be cut",
                 "models with fused experts cannot be reshaped; prune them instead",
             )
+    strange = {made.parameter(name) for name in made.origin} ^ set(made.shapes)
+    if strange:
+        raise PlanError(
+            f"in this shape the model has other weights: {min(strange)}", "give another --hidden or --mlp"
+        )
 
 
 def _cut(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

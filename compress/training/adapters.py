@@ -98,7 +98,8 @@ class Adapted(Trainee):
             return told
         before = judged()
         zeros = _zeros(self.model) if self._method.zeros == "keep" and not self._student.quantized else {}
-        self._adapted = self._adapted.merge_and_unload(progressbar=False, safe_merge=True) and None
+        self._adapted.merge_and_unload(progressbar=False, safe_merge=True)
+        self._adapted = None
         with torch.no_grad():
             for name, mask in zeros.items():
                 self.model.get_parameter(name).mul_(mask)

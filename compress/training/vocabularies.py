@@ -95,12 +95,12 @@ class Translation:
 
     def _ends(self) -> list[tuple[int, int]]:
         """Tokens for the beginning and the end of a text, where both have one."""
-        found = []
-        for name in ("bos_token_id", "eos_token_id"):
+        found: dict[int, int] = {}
+        for name in ("eos_token_id", "bos_token_id"):
             ours, theirs = getattr(self._ours, name, None), getattr(self._theirs, name, None)
-            if ours is not None and theirs is not None:
-                found.append((ours, theirs))
-        return list(dict(found).items())
+            if ours is not None and theirs is not None and theirs not in found.values():
+                found.setdefault(ours, theirs)
+        return list(found.items())
 
     def _read(self, window: tuple[int, ...]) -> Reading:
         """One window of the student."""
