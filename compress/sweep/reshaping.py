@@ -307,7 +307,7 @@ def _tied(model: Any) -> dict[str, str]:
 
 
 def _check_tensors(made: Reshaping, model: Any) -> None:
-    """Refuse tensors that transformers changes while it loads, and shapes in which a model has other weights."""
+    """Refuse tensors that transformers changes while it loads, and shapes that have other weights."""
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
     for old in sorted(set(made.origin.values())):
         target = made.checkpoint.target[old]

@@ -127,7 +127,7 @@ def survey(source: Artifact, run: Run) -> Survey:
 
 def load(found: Survey, device: torch.device) -> None:
     """Fill the model: floats as they are, integer matrices with what they stand for, in float32."""
-    for module in found.model.modules():
+    for module in list(found.model.modules()):
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     found.checkpoint.load(found.floats, device)
