@@ -181,7 +181,12 @@ def reshape(wanted: Wanted, weights: Weights, source: Artifact, target: Path, ru
         "after": sum(map(_numel, made.shapes.values())),
     }
     changed = {name: value for name, value in made.config.items() if source.config.get(name) != value}
-    decisions = {"layers": list(made.layers), "config": changed, "parameters": parameters, "weights": weights}
+    decisions = {
+        "taken_from": list(made.layers),
+        "config": changed,
+        "parameters": parameters,
+        "weights": weights,
+    }
     return Outcome(decisions, dict(sorted(meant.items())))
 
 

@@ -76,7 +76,8 @@ class Adapted(Trainee):
             task_type="CAUSAL_LM",
         )
         with quiet(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="peft")
+            # It asks transformers for a flag by a name that will go.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             self._adapted: Any = get_peft_model(self.model, config)
         self.model.eval()
         self._count = len(names)

@@ -77,6 +77,7 @@ def test_merged_adapters_are_an_ordinary_checkpoint(place: Path, tmp_path: Path)
     engine.verify(tmp_path / "out")
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_saved_adapters_are_those_of_peft_beside_the_model_to_the_byte(place: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 

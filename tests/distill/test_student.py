@@ -35,7 +35,7 @@ def test_it_is_a_model_of_the_class_in_the_shape_that_was_asked_for(name: str, t
     source = models_zoo.write(name, tmp_path, dtype=torch.bfloat16)
     width = HIDDEN.get(name, 16)
     told = made(source, tmp_path / "out", layers=2, hidden=width)
-    assert told["layers"] == [0, 2]
+    assert told["taken_from"] == [0, 2]
     kind = AutoModel if name in models_zoo.ENCODERS else AutoModelForCausalLM
     model, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True, dtype=torch.float32)
     assert not info["missing_keys"]
