@@ -63,7 +63,7 @@ SUBJECTS: Final = (
         str(SHARED / "data/gutenberg_train.txt.gz"),
         str(SHARED / "data/gutenberg_valid.txt.gz"),
         256,
-        401_408,
+        200_704,
         8,
     ),
 )

@@ -69,8 +69,14 @@ class Buckets:
         return self._each(lambda tensor: tensor.to(device))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Buckets":
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Buckets(**{name: None if each is None else change(each) for name, each in tensors.items()})
+        return Buckets(
+            change(self.tokens),
+            change(self.log_probabilities),
+            change(self.tail),
+            change(self.first),
+            None if self.drawn is None else change(self.drawn),
+            None if self.drawn_log_probabilities is None else change(self.drawn_log_probabilities),
+        )
 
 
 def buckets(

@@ -145,7 +145,8 @@ class Distributions(Objective):
     def _chunks(self, windows: torch.Tensor, prompt: int) -> tuple[torch.Tensor, ...]:
         """Numbers of the positions after each prompt, of all ``batch * (length - 1)``, so many at a time."""
         rows = torch.arange(self.positions(windows), device=windows.device)
-        return rows[rows % (windows.shape[1] - 1) >= prompt - 1].split(self._chunk)
+        learned = rows[rows % (windows.shape[1] - 1) >= prompt - 1]
+        return tuple(torch.split(learned, self._chunk))
 
     def _sums(self, found: Imitation) -> Losses:
         values = [found.loss, *(found.terms[name] for name in self._terms)]

@@ -41,9 +41,8 @@ def bytes_a_token(folder: Path, note: Note) -> float:
 def predicted_bytes(note: Note) -> int:
     """What a cache will take on disk."""
     window = note.origin.window
-    return (note.windows + note.held_out) * (
-        (window - 1) * packed_bytes(note.k, note.vocabulary) + 4 * window
-    )
+    position = packed_bytes(note.k, note.draws, note.vocabulary)
+    return (note.windows + note.held_out) * ((window - 1) * position + 4 * window)
 
 
 def write(
