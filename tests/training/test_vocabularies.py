@@ -211,7 +211,7 @@ def distilled(place: Path, teacher: str, out: Path, **options: Any) -> Any:
     step = {
         "use": "distill.logits",
         "teacher": str(place / teacher),
-        "tokens": 1280,
+        "tokens": 6400,
         "window": 32,
         "batch": 4,
     }
