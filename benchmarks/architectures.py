@@ -54,11 +54,18 @@ SMALL: Final[Mapping[str, Any]] = {
     "batch": 4,
     "tokens": 8 * LENGTH,
     "evaluation_tokens": 2 * LENGTH,
+    "prompt_tokens": LENGTH // 4,
+    "max_new_tokens": LENGTH // 4,
+    "share": 1.0,
 }
 """Options by their names, for whichever method has them: groups that fit narrow layers, and little work."""
 OWN: Final[Mapping[str, Mapping[str, Any]]] = {
-    # A model that is its own teacher learns from the text alone; and the last weights are not the first.
-    "distill.logits": {"cross_entropy": 0.5, "keep": "last"},
+    # The last weights are not the first.
+    "distill.logits": {"keep": "last"},
+    "distill.on_policy": {"keep": "last"},
+    # Less than a step of the grid would be rounded away.
+    "distill.lora": {"keep": "last", "rank": 4, "learning_rate": 0.05},
+    "distill.student": {"layers": 2},
     # Three of four heads are no whole groups where two share their keys and values.
     "prune.width": {"keep": 0.5},
     # Of 96 tokens.
@@ -132,6 +139,13 @@ class Place:
                 with_tokenizer(path)
         return path
 
+    def teacher(self, architecture: str) -> Path:
+        """Another random model of an architecture, from which there is something to learn."""
+        path = self.folder / "teachers" / architecture
+        if not path.is_dir():
+            models_zoo.write(architecture, path.parent, seed=1, dtype=torch.bfloat16)
+        return path
+
     def made(self, architecture: str, steps: tuple[str, ...], group: int) -> tuple[Path, Cell]:
         """The model after some methods, and what became of the last of them; no folder where one refused."""
         if not steps:
@@ -142,7 +156,7 @@ class Place:
             out = self.fresh()
             if source.is_dir():
                 options = {"group_size": group} if steps[-1] == ROUNDER else {}
-                cell = apply(steps[-1], source, out, self, **options)
+                cell = apply(steps[-1], architecture, source, out, self, **options)
             self._made[key] = out, cell
         return self._made[key]
 
@@ -190,16 +204,18 @@ def examine(case: Case, architecture: str, place: Place) -> Cell:
     if not source.is_dir():
         return Cell("no", "", f"there is no such model to start from: {made.reason}", made.hint)
     out = place.fresh()
-    cell = apply(case.method, source, out, place)
+    cell = apply(case.method, architecture, source, out, place)
     if out.is_dir():
         shutil.rmtree(out)
     return cell
 
 
-def apply(name: str, source: Path, out: Path, place: Place, **more: Any) -> Cell:
+def apply(name: str, architecture: str, source: Path, out: Path, place: Place, **more: Any) -> Cell:
     """Apply a method with options that suit a tiny model, and with what the hints of refusals add to them."""
     method = find(name)
     known = {key: value for key, value in SMALL.items() if key in method.model_fields}
+    if "teacher" in method.model_fields:
+        known["teacher"] = str(place.teacher(architecture))
     return _attempt(name, {**known, **OWN.get(name, {}), **more}, {}, source, out, place)
 
 
@@ -292,7 +308,8 @@ def _spelled(method: type[Pass], added: Mapping[str, Any]) -> str:
 
 
 def _public(text: str, source: Path) -> str:
-    return text.replace(str(source), "MODEL")
+    teacher = source.parent.parent / "teachers" / source.name
+    return text.replace(str(source), "MODEL").replace(str(teacher), "TEACHER")
 
 
 def render(document: Mapping[str, Any]) -> str:

@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from compress.bench.divergence import Buckets, buckets
 from compress.bench.material import Material
 from compress.core.artifact import Artifact
 from compress.core.bench import Bench
 from compress.core.errors import DataError, EnvironmentFault
+from compress.numerics.buckets import Buckets, buckets
 
 MOST_BYTES: Final = 999
 """Of one position in the file."""

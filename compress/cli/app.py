@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from compress import __version__
-from compress.cli import analysis, commands, failures, from_pass
+from compress.cli import analysis, commands, failures, from_pass, teaching
 from compress.core.errors import UsageError, did_you_mean
 from compress.core.passes import FAMILIES, names, own_names
 
@@ -122,6 +122,7 @@ app = typer.Typer(
 )
 app.add_typer(commands.fixed)
 app.add_typer(analysis.analyses)
+app.add_typer(teaching.teaching)
 for _family in FAMILIES:
     app.add_typer(
         typer.Typer(),

@@ -168,7 +168,12 @@ def _index(methods: Sequence[str]) -> str:
 
 def _facts(method: type[Pass]) -> str:
     lines = []
-    for word, facts in (("Needs", method.needs), ("Gives", method.gives), ("Takes away", method.breaks)):
+    for word, facts in (
+        ("Needs", method.needs),
+        ("Needs one of", method.needs_one_of),
+        ("Gives", method.gives),
+        ("Takes away", method.breaks),
+    ):
         if facts:
             lines.append(f"- {word}: {', '.join(MEANING[fact] for fact in sorted(facts))}")
     lines.append(f"- Reads calibration text: {_calibration(method)}")

@@ -155,6 +155,8 @@ def metavar(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin is Literal:
         return "[" + "|".join(str(value) for value in get_args(annotation)) + "]"
+    if origin is dict:
+        return "NAME=" + ",".join(metavar(part) for part in get_args(annotation)[1:]) + ",..."
     if origin in _UNIONS:
         parts = [metavar(part).strip("[]") for part in get_args(annotation) if part is not type(None)]
         return "|".join(parts)
@@ -222,6 +224,8 @@ def shown(default: object) -> str:
         return "yes" if default else "no"
     if isinstance(default, tuple):
         return " ".join(shown(entry) for entry in default)
+    if isinstance(default, dict):
+        return ",".join(f"{name}={shown(value)}" for name, value in default.items())
     # Line breaks and blanks would not show.
     return repr(default) if isinstance(default, str) and default != default.strip() else str(default)
 

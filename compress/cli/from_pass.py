@@ -119,6 +119,8 @@ def description(method: type[Pass]) -> str:
     if issubclass(method, Trainer):
         lines.append("Reads training text: give --train TEXT.")
     facts = [f"Needs {_facts(method.needs)}."] if method.needs else []
+    if method.needs_one_of:
+        facts.append(f"Needs one of: {_facts(method.needs_one_of)}.")
     if method.gives:
         facts.append(f"Gives {_facts(method.gives)}.")
     return "\n\n".join([*lines, " ".join(facts)]).strip()

@@ -22,6 +22,8 @@ LINEAGE_FILE = "compress.json"
 RUN_FILE = "compress.run.json"
 LAYERS_FILE = "compress.layers.csv"
 TRAINING_FILE = "compress.training.csv"
+ADAPTER_FOLDER = "adapter"
+"""Holds adapters for exactly the weights beside it: they are part of the artifact, and travel no further."""
 LINEAGE_VERSION = 1
 
 WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".onnx.data", ".gguf")
@@ -158,20 +160,25 @@ class Artifact:
     @property
     def weight_files(self) -> list[Path]:
         """The files that hold weights, in order of their names."""
-        return [file for file in _files(self.path) if _is_weight(file)]
+        return [file for file in self._own_files() if _is_weight(file)]
 
     @property
     def companions(self) -> list[Path]:
         """Everything that travels along untouched: all files but weights, their index and our own records."""
         return [
             file
-            for file in _files(self.path)
+            for file in self._own_files()
             if not _is_weight(file)
             and file.name not in _OURS
             and file.name != "config.json"
             and not file.name.endswith(".index.json")
             and file.suffix not in _PICKLE_SUFFIXES
         ]
+
+    def _own_files(self) -> list[Path]:
+        """The files of the model, without adapters beside it."""
+        files = _files(self.path)
+        return [file for file in files if file.relative_to(self.path).parts[0] != ADAPTER_FOLDER]
 
 
 def digest_of(folder: Path) -> str:

@@ -96,6 +96,8 @@ class Pass(BaseModel, ABC):
     examples: ClassVar[tuple[str, ...]] = ()
     """Flags of worked examples, shown behind ``compress FAMILY METHOD MODEL --out DIR``."""
     needs: ClassVar[frozenset[Fact]] = frozenset()
+    needs_one_of: ClassVar[frozenset[Fact]] = frozenset()
+    """Facts of which one is enough; empty where `needs` says all."""
     gives: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
     calibrated: ClassVar[bool] = False

@@ -20,6 +20,7 @@ EXTRAS: Final[Mapping[str, str]] = {
     "onnx": "export to ONNX, and ONNX Runtime on processors",
     "onnx-gpu": "the same with ONNX Runtime for NVIDIA's GPUs, in place of the extra onnx",
     "bitsandbytes": "8 and 4 bits in the formats of bitsandbytes",
+    "peft": "low-rank adapters: compress distill lora",
     "plot": "pictures of analyses: compress analyze sensitivity --plot FILE",
     "gguf": "export to GGUF, for llama.cpp",
     "gpu": "what a GPU says of its clocks, its memory and who else is on it",

@@ -185,11 +185,13 @@ def _check_chain(recipe: Recipe, source: Artifact) -> None:
     broken_by: dict[Fact, str] = {}
     for index, step in enumerate(recipe.steps):
         method = step.built()
-        missing = sorted(method.needs - facts)
+        missing = sorted(method.needs - facts)[:1]
+        if not missing and method.needs_one_of.isdisjoint(facts):
+            missing = sorted(method.needs_one_of)
         if missing:
-            fact = missing[0]
-            culprit = broken_by.get(fact)
-            where = f"step {index} ({step.use}) needs {MEANING[fact]}"
+            culprit = next((broken_by[fact] for fact in missing if fact in broken_by), None)
+            wanted = " or ".join(MEANING[fact] for fact in missing)
+            where = f"step {index} ({step.use}) needs {wanted}"
             if culprit:
                 raise PlanError(f"{where}, which {culprit} takes away", f"put {step.use} before {culprit}")
             raise PlanError(
@@ -208,7 +210,7 @@ def _circumstances(recipe: Recipe, reporter: Reporter) -> Run:
     return Run(
         task=recipe.task,
         seed=recipe.seed,
-        device=_device(recipe.device),
+        device=device_of(recipe.device),
         threads=recipe.threads or os.cpu_count() or 1,
         calibration=calibration,
         training=training,
@@ -217,7 +219,12 @@ def _circumstances(recipe: Recipe, reporter: Reporter) -> Run:
     )
 
 
-def _device(asked: str) -> Device:
+def device_of(asked: str) -> Device:
+    """The device that a recipe or a flag means on this machine.
+
+    Raises:
+        EnvironmentFault: a GPU is asked for, and there is none.
+    """
     import torch
 
     available = torch.cuda.is_available()

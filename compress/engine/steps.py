@@ -8,7 +8,7 @@ from compress.core.artifact import Artifact, Lineage, digest_of
 from compress.core.passes import Pass
 from compress.core.run import Run
 from compress.core.target import Target
-from compress.training.trainer import Trainer
+from compress.training.trainer import ORIGIN, Trainer
 
 SOURCE_MODEL = "$model"
 """How a recipe names the model that it starts from, among the options of a step."""
@@ -26,8 +26,10 @@ def step_run(method: Pass, source: Artifact, run: Run, scratch: Path) -> Run:
     from compress.models.source import resolve
 
     models = {}
-    for option in method.other_models if isinstance(method, Trainer) else ():
+    for option in (*method.other_models, ORIGIN) if isinstance(method, Trainer) else ():
         name = getattr(method, option)
+        if name is None:
+            continue
         models[option] = (
             source.path if name == SOURCE_MODEL else resolve(name, trust_remote_code=run.trust_remote_code)
         )
@@ -35,11 +37,15 @@ def step_run(method: Pass, source: Artifact, run: Run, scratch: Path) -> Run:
 
 
 def identified(method: Pass, run: Run) -> Pass:
-    """The pass with the models that it names replaced by what they hold: as it enters key and lineage.
+    """The pass with the folders that it names replaced by what they hold: as it enters key and lineage.
 
     A teacher that lies in another folder is the same teacher, and one that was changed is another.
     """
-    digests = {option: f"sha256:{digest_of(folder)}" for option, folder in run.models.items()}
+    folders = dict(run.models)
+    for option in method.other_folders if isinstance(method, Trainer) else ():
+        if (named := getattr(method, option)) is not None:
+            folders[option] = Path(named).expanduser()
+    digests = {option: f"sha256:{digest_of(folder)}" for option, folder in folders.items()}
     return method.model_copy(update=digests) if digests else method
 
 

@@ -1,71 +1,125 @@
-"""The objective of `distill.logits`: a student's next-token distributions against a teacher's.
+"""The objective of distillation from next-token distributions: a student's against a teacher's.
 
 Both bodies run over the batch once; both heads run over as many positions at a time as their logits may
 stand in memory. The gradient of each chunk goes into the student's head at once and is collected where the
 body ended, so that one backward pass through the body remains.
 """
 
-from typing import ClassVar, final
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from typing import final
 
 import torch
 
+from compress.numerics.buckets import Buckets
+from compress.numerics.criterion import Criterion, Term
 from compress.numerics.divergence import Imitation, imitation
 from compress.training.head import Halves
 from compress.training.objective import Losses, Objective
 from compress.training.precision import Arithmetic, autocast
 
+_COLUMNS: dict[Term, str] = {"forward_kl": "divergence"}
+"""Names of terms in the history, where they differ: the divergence is there whatever is minimised."""
+
+Distribution = torch.Tensor | Buckets
+"""Logits ``[positions, vocabulary]``, or the most likely tokens with their probabilities."""
+
+
+class Teacher(ABC):
+    """Who knows what should be said at each position."""
+
+    @abstractmethod
+    def lesson(self, windows: torch.Tensor) -> Callable[[torch.Tensor], Distribution]:
+        """What should be said after each token of windows but the last.
+
+        Args:
+            windows: int64 ``[batch, length]``, on the device. It is called inside the autocast of the passes.
+
+        Returns:
+            a function that gives the distributions of some positions, by their numbers among all
+            ``batch * (length - 1)``.
+        """
+
+
+@final
+class LiveTeacher(Teacher):
+    """A model that is run over every batch.
+
+    Args:
+        model: in two halves, on the student's device.
+    """
+
+    def __init__(self, model: Halves) -> None:
+        self._model = model
+
+    @torch.no_grad()
+    def lesson(self, windows: torch.Tensor) -> Callable[[torch.Tensor], Distribution]:
+        """See `Teacher.lesson`."""
+        states = self._model.states(windows)[:, :-1].flatten(0, 1)
+
+        @torch.no_grad()
+        def logits(rows: torch.Tensor) -> Distribution:
+            return self._model.logits(states[rows])
+
+        return logits
+
 
 @final
 class Distributions(Objective):
-    """``(1 - share) T^2 KL(teacher_T || student_T) + share H(text, student)``, in nats a position.
+    """A weighted sum of divergences from the teacher and the cross-entropy on the text, nats a position.
 
     Args:
-        student, teacher: models in two halves, on one device.
-        temperature: of both distributions.
-        share: of the cross-entropy on the text.
+        student: a model in two halves.
+        teacher: what it learns from.
+        criterion: the terms.
         chunk: positions whose logits are computed at once.
         arithmetic: of the passes.
     """
 
-    names: ClassVar[tuple[str, ...]] = ("loss", "divergence", "cross_entropy")
-
     def __init__(
         self,
         student: Halves,
-        teacher: Halves,
+        teacher: Teacher,
         *,
-        temperature: float,
-        share: float,
+        criterion: Criterion,
         chunk: int,
         arithmetic: Arithmetic,
     ) -> None:
         self._student = student
         self._teacher = teacher
-        self._temperature = temperature
-        self._share = share
+        self._criterion = criterion
         self._chunk = chunk
         self._arithmetic = arithmetic
+        terms: list[Term] = ["forward_kl", "cross_entropy"]
+        self._terms = [*terms, *(name for name in criterion.weights if name not in terms)]
+        self.names = ("loss", *(_COLUMNS.get(name, name) for name in self._terms))
 
-    def learn(self, windows: torch.Tensor, positions: int) -> Losses:
+    def positions(self, windows: torch.Tensor) -> int:
+        """Tokens that are predicted: all but the first of each window."""
+        return windows.shape[0] * (windows.shape[1] - 1)
+
+    def learn(self, windows: torch.Tensor, positions: float) -> Losses:
         """See `Objective.learn`."""
+        return self.learn_after(windows, 1, positions)
+
+    def learn_after(self, windows: torch.Tensor, prompt: int, positions: float) -> Losses:
+        """Learn what follows a prompt alone; otherwise as `learn`.
+
+        Args:
+            prompt: tokens at the start of each window that are given and not predicted, at least 1.
+        """
         with autocast(self._arithmetic, windows.device):
-            wanted = self._of_teacher(windows)
+            lesson = self._teacher.lesson(windows)
             body = self._student.states(windows)
             # Not part of the body's graph: what the chunks have to say to the body is collected here.
             flat, targets = body.detach()[:, :-1].flatten(0, 1), windows[:, 1:].flatten()
             wishes = torch.zeros_like(flat)
             losses = self._nothing(windows)
-            for rows in self._chunks(len(targets)):
-                states = flat[rows].clone().requires_grad_()
+            for rows in self._chunks(windows, prompt):
+                states = flat[rows].requires_grad_()
                 logits = self._student.logits(states)
-                found = imitation(
-                    logits,
-                    self._logits_of_teacher(wanted[rows]),
-                    targets[rows],
-                    temperature=self._temperature,
-                    share=self._share,
-                    with_gradient=True,
-                )
+                found = imitation(logits, lesson(rows), targets[rows], self._criterion, with_gradient=True)
                 losses = losses.plus(self._sums(found))
                 logits.backward(_there(found.gradient).div_(positions).to(logits.dtype))
                 wishes[rows] = _there(states.grad)
@@ -76,35 +130,28 @@ class Distributions(Objective):
 
     @torch.no_grad()
     def judge(self, windows: torch.Tensor) -> Losses:
-        """See `Objective.judge`; the divergence is that of the plain distributions."""
+        """See `Objective.judge`; divergences are those of the plain distributions."""
+        plain = replace(self._criterion, temperature=1.0)
         with autocast(self._arithmetic, windows.device):
-            wanted = self._of_teacher(windows)
+            lesson = self._teacher.lesson(windows)
             flat = self._student.states(windows)[:, :-1].flatten(0, 1)
             targets = windows[:, 1:].flatten()
             losses = self._nothing(windows)
-            for rows in self._chunks(len(targets)):
-                logits = self._student.logits(flat[rows])
-                found = imitation(logits, self._logits_of_teacher(wanted[rows]), targets[rows])
+            for rows in self._chunks(windows, 1):
+                found = imitation(self._student.logits(flat[rows]), lesson(rows), targets[rows], plain)
                 losses = losses.plus(self._sums(found))
         return losses
 
-    @torch.no_grad()
-    def _of_teacher(self, windows: torch.Tensor) -> torch.Tensor:
-        return self._teacher.states(windows)[:, :-1].flatten(0, 1)
-
-    @torch.no_grad()
-    def _logits_of_teacher(self, states: torch.Tensor) -> torch.Tensor:
-        return self._teacher.logits(states)
-
-    def _chunks(self, count: int) -> list[slice]:
-        return [slice(at, min(at + self._chunk, count)) for at in range(0, count, self._chunk)]
+    def _chunks(self, windows: torch.Tensor, prompt: int) -> tuple[torch.Tensor, ...]:
+        """Numbers of the positions after each prompt, of all ``batch * (length - 1)``, so many at a time."""
+        rows = torch.arange(self.positions(windows), device=windows.device)
+        learned = rows[rows % (windows.shape[1] - 1) >= prompt - 1]
+        return tuple(torch.split(learned, self._chunk))
 
     def _sums(self, found: Imitation) -> Losses:
-        divergence = found.divergence.sum(dtype=torch.float64)
-        cross_entropy = found.cross_entropy.sum(dtype=torch.float64)
-        loss = (1.0 - self._share) * divergence + self._share * cross_entropy
-        sums = {"loss": loss, "divergence": divergence, "cross_entropy": cross_entropy}
-        return Losses(sums, len(found.divergence))
+        values = [found.loss, *(found.terms[name] for name in self._terms)]
+        sums = [value.sum(dtype=torch.float64) for value in values]
+        return Losses(dict(zip(self.names, sums, strict=True)), len(found.loss))
 
     def _nothing(self, windows: torch.Tensor) -> Losses:
         zero = torch.zeros((), dtype=torch.float64, device=windows.device)

@@ -20,6 +20,7 @@ from compress.core.run import Run
 from compress.data.training import TrainingText, permutation
 from compress.training.checkpoints import Checkpoints, Position
 from compress.training.history import History
+from compress.training.integers import Latent
 from compress.training.objective import Losses, Objective
 from compress.training.schedule import learning_rate
 from compress.training.trainer import Trainer
@@ -216,7 +217,10 @@ class Loop:
 
 def _nonzero(parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
     """Where matrices that hold zeros are not zero. A matrix of nothing else has only not begun to learn."""
-    found = {name: weight.detach() != 0 for name, weight in parameters.items() if weight.dim() > 1}
+    matrices = {name: weight for name, weight in parameters.items() if weight.dim() > 1}
+    found = {
+        name: weight.detach() != 0 for name, weight in matrices.items() if not isinstance(weight, Latent)
+    }
     return {name: mask for name, mask in found.items() if mask.any() and not mask.all()}
 
 

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -35,12 +34,14 @@ class Losses:
 class Objective(ABC):
     """A loss over windows of tokens."""
 
-    names: ClassVar[tuple[str, ...]]
+    names: tuple[str, ...]
     """What a loss consists of; the first, ``loss``, is what is minimised."""
 
     @abstractmethod
-    def learn(self, windows: torch.Tensor, positions: int) -> Losses:
+    def learn(self, windows: torch.Tensor, positions: float) -> Losses:
         """Add the gradient of the mean loss to the weights' gradients.
+
+        Random draws come from torch's own generator, whose state a checkpoint keeps.
 
         Args:
             windows: int64 ``[batch, length]``, on the device.

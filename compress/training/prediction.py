@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from compress.core.artifact import Artifact
+from compress.core.facts import Fact
 from compress.core.passes import Needs
+from compress.training.adapter_options import AdapterOptions
 from compress.training.precision import Arithmetic
 from compress.training.trainer import Trainer
 
@@ -79,7 +81,8 @@ def predict(
     weights = sum(file.stat().st_size for file in source.weight_files)
     activations = numbers.batch * numbers.window * student.widths * width
     logits = _COPIES * min(chunk, numbers.batch * numbers.window) * student.vocabulary * 4
-    models = 16 * student.parameters + (teacher.parameters * width if teacher is not None else 0)
+    held, learned = _held(numbers, source, student)
+    models = held + (teacher.parameters * width if teacher is not None else 0)
     drawn = 40 * (numbers.tokens + numbers.evaluation_tokens)
     steps = numbers.steps
     trained = steps * numbers.step_tokens
@@ -92,7 +95,17 @@ def predict(
     working = models + activations + logits
     on_device = 0 if device == "cpu" else working
     host = IMPORT_BYTES + drawn + (working if device == "cpu" else 4 * student.parameters)
-    return Needs(weights + 32 * student.parameters, host, on_device, seconds)
+    return Needs(weights + 32 * learned, host, on_device, seconds)
+
+
+def _held(numbers: Trainer, source: Artifact, student: Shape) -> tuple[int, int]:
+    """Bytes of weights, gradients and moments of the student, and how many weights learn."""
+    if isinstance(numbers, AdapterOptions):
+        learned = numbers.rank * student.widths
+        return 4 * student.parameters + 16 * learned, learned
+    # Behind integers stands a float, and the rounded one is kept for the backward pass.
+    rounded = 4 if Fact.INTEGER_WEIGHTS in source.facts else 0
+    return (16 + rounded) * student.parameters, student.parameters
 
 
 def _rate(arithmetic: Arithmetic, device: torch.device) -> float:

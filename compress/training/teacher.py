@@ -39,6 +39,18 @@ def teacher_of(method: Trainer, option: str, source: Artifact, run: Run) -> Arti
             f"the {option} of {use} is not at hand", f"hand its folder over in Run.models['{option}']"
         )
     teacher = Artifact.open(run.models[option])
+    check_teacher(teacher)
+    for model in (source, teacher):
+        check_room(model, method.window)
+    return teacher
+
+
+def check_teacher(teacher: Artifact) -> None:
+    """Refuse a model that cannot teach, whoever the student is.
+
+    Raises:
+        PlanError: it writes no text, or cannot be run here.
+    """
     if Fact.TRANSFORMERS not in teacher.facts:
         raise PlanError(f"teacher {teacher.path} is no transformers model", "give a model folder or a hub id")
     if not isinstance(resolve("auto", teacher.config), TextGeneration):
@@ -50,34 +62,48 @@ def teacher_of(method: Trainer, option: str, source: Artifact, run: Run) -> Arti
             f"teacher {teacher.path} is a '{kind}' model, which cannot be run here",
             f"give the float model, or one in the format {_RUNS}",
         )
-    for model in (source, teacher):
-        room = positions(model.config)
-        if room is not None and method.window > room:
-            raise PlanError(
-                f"windows of {method.window} tokens are longer than the {room} positions of {model.path}",
-                f"set window to at most {room} (--window {room})",
-            )
-    return teacher
 
 
-def same_vocabulary(source: Artifact, teacher: Artifact, sizes: tuple[int, int], run: Run) -> None:
+def check_room(model: Artifact, window: int) -> None:
+    """Refuse windows that a model has no positions for.
+
+    Raises:
+        PlanError: saying how many it has.
+    """
+    room = positions(model.config)
+    if room is not None and window > room:
+        raise PlanError(
+            f"windows of {window} tokens are longer than the {room} positions of {model.path}",
+            f"set window to at most {room} (--window {room})",
+        )
+
+
+def same_vocabulary(source: Artifact, teacher: Artifact, sizes: tuple[int, int], run: Run) -> int:
     """Refuse a teacher whose token numbers mean other tokens than the student's.
 
     Args:
-        sizes: logits of a position, of student and teacher.
+        sizes: logits of a position, of student and teacher. Tables of one tokenizer may be padded
+            differently.
+
+    Returns:
+        tokens that can be compared: all where the tables are of one size, else those that the tokenizer has.
 
     Raises:
         PlanError: saying what differs.
     """
-    hint = "a teacher has to have the student's vocabulary: give another model of the same family"
-    if sizes[0] != sizes[1]:
+    hint = (
+        "give another model of the same family, or compare across tokenizers: --vocabulary aligned or uld, "
+        "where the method has it"
+    )
+    if not all((model.path / "tokenizer_config.json").is_file() for model in (source, teacher)):
+        if sizes[0] == sizes[1]:
+            return sizes[0]  # Where one of them knows no words, numbers are all that can be compared.
         raise PlanError(
             f"the vocabularies differ: {source.path} has {sizes[0]:,} tokens, "
-            f"teacher {teacher.path} has {sizes[1]:,}",
-            hint,
+            f"teacher {teacher.path} has {sizes[1]:,}, and one of them has no tokenizer to say which are the "
+            "same",
+            "put the tokenizer's files into both folders, or give another model of the same family",
         )
-    if not all((model.path / "tokenizer_config.json").is_file() for model in (source, teacher)):
-        return  # Where one of them knows no words, numbers are all that can be compared.
     ours, theirs = (
         tokenizer(model, trust_remote_code=run.trust_remote_code).get_vocab() for model in (source, teacher)
     )
@@ -88,3 +114,13 @@ def same_vocabulary(source: Artifact, teacher: Artifact, sizes: tuple[int, int],
             f"{theirs.get(word, 'none')} of teacher {teacher.path}",
             hint,
         )
+    if sizes[0] == sizes[1]:
+        return sizes[0]
+    count = 1 + max(ours.values())
+    if count > min(sizes):
+        shorter = source if sizes[0] < sizes[1] else teacher
+        raise PlanError(
+            f"the tokenizer has {count:,} tokens, and {shorter.path} has rows for {min(sizes):,} of them",
+            "does the tokenizer belong to the model?",
+        )
+    return count

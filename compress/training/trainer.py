@@ -15,15 +15,19 @@ from compress.core.passes import Pass
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
+ORIGIN = "origin"
+"""The option of every trainer that names the float model behind integers."""
 _SECONDS = re.compile(r"^(?P<count>[1-9]\d*)s$")
 
 
 class Trainer(Pass):
     """A pass that optimises all weights of a model on training text, with AdamW."""
 
-    needs: ClassVar[frozenset[Fact]] = frozenset({Fact.TRANSFORMERS, Fact.FLOAT_WEIGHTS})
+    needs_one_of: ClassVar[frozenset[Fact]] = frozenset({Fact.TRANSFORMERS, Fact.GPTQ_CHECKPOINT})
     other_models: ClassVar[tuple[str, ...]] = ()
     """Options that name another model; the engine finds it and hands it over in `Run.models`."""
+    other_folders: ClassVar[tuple[str, ...]] = ()
+    """Options that may name a folder of something else; what it holds is part of what is computed."""
 
     tokens: int = Field(default=1_000_000, ge=1, description="tokens to train on in all, at most")
     window: int = Field(default=512, ge=2, description="tokens in one training sequence")
@@ -49,7 +53,18 @@ class Trainer(Pass):
     )
     zeros: Literal["keep", "train"] = Field(
         default="keep",
-        description="zeros inside matrices, as pruning leaves them: `keep` them so, or `train` them as well",
+        description="zeros inside matrices, as pruning leaves them: `keep` them so, or `train` them as well; "
+        "integers that stand for zero are levels like others, unless `origin` says that the float was zero",
+    )
+    scales: Literal["keep", "train"] = Field(
+        default="keep", description="of a student that is stored as integers: `train` their scales as well"
+    )
+    origin: str | None = Field(
+        default=None,
+        min_length=1,
+        description="of a student that is stored as integers: the float model that they were rounded from "
+        "(`$model` in a recipe). Training starts from its weights, as far as they round to the integers; "
+        "else from what the integers stand for",
     )
     precision: Precision = Field(
         default="auto",

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from compress.bench.divergence import buckets, compare_buckets, compare_logits
+from compress.bench.divergence import compare_buckets, compare_logits
+from compress.numerics.buckets import buckets
 
 
 def logits(seed: int, positions: int = 300, choices: int = 50, scale: float = 3.0) -> torch.Tensor:

@@ -145,6 +145,8 @@ def test_the_key_changes_with_teacher_text_and_numbers(place: Path, tmp_path: Pa
         key(recipe(place, data={"train": str(tmp_path / "text.txt")})),
         key(recipe(place, data={"train": train, "validation": str(tmp_path / "text.txt")})),
         key(recipe(place, temperature=2.0)),
+        key(recipe(place, loss="jensen_shannon")),
+        key(recipe(place, loss="jensen_shannon", beta=0.1)),
         key(recipe(place, precision="bfloat16")),
         key(recipe(place).with_settings(["seed=1"])),
     ]
@@ -283,7 +285,9 @@ def test_a_teacher_that_is_not_there_is_refused(place: Path, tmp_path: Path) -> 
 def test_a_model_cannot_teach_itself(place: Path, tmp_path: Path) -> None:
     found = refused(recipe(place, teacher="$model"), tmp_path / "out")
     assert "the same model" in found.message
-    engine.plan(recipe(place, teacher="$model", cross_entropy=0.5), tmp_path / "out", single=True)
+    engine.plan(
+        recipe(place, teacher="$model", loss="forward_kl,cross_entropy=0.5"), tmp_path / "out", single=True
+    )
 
 
 def test_another_vocabulary_is_refused(place: Path, tmp_path: Path) -> None:
@@ -347,3 +351,42 @@ def test_a_student_that_gets_no_better_stays_as_it_was(place: Path, tmp_path: Pa
     assert lineage.steps[0].decisions["kept_step"] == 0
     before, after = (load_file(path / "model.safetensors") for path in (place / "student", tmp_path / "out"))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("reverse_kl", {"reverse_kl": 1.0}),
+        ("forward_kl=0.7, cross_entropy=0.3", {"forward_kl": 0.7, "cross_entropy": 0.3}),
+        ({"total_variation": 2}, {"total_variation": 2.0}),
+    ],
+)
+def test_a_loss_is_spelled_as_text_or_as_a_mapping(given: Any, meant: dict[str, float], place: Path) -> None:
+    made = recipe(place, loss=given)
+    assert made.steps[0].built().model_dump()["loss"] == meant
+    assert Recipe.from_yaml(made.dump()).steps[0].built() == made.steps[0].built()
+
+
+@pytest.mark.parametrize(
+    ("loss", "complaint"),
+    [
+        ("forward_kl=0", "the weight of forward_kl must be a number above 0"),
+        ("forward_kl=-1,cross_entropy=1", "above 0"),
+        ("forward=1", "Input should be 'forward_kl'"),
+        ("forward_kl=much", "valid number"),
+        ({}, "at least 1"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(loss: Any, complaint: str, place: Path) -> None:
+    with pytest.raises(CompressError, match=complaint):
+        recipe(place, loss=loss)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jensen_shannon", "total_variation"])
+def test_every_divergence_is_learned_and_told(name: str, place: Path, tmp_path: Path) -> None:
+    made = recipe(place, loss={name: 1.0, "cross_entropy": 0.01}, tokens=4_096)
+    engine.run(made, tmp_path / "out", single=True)
+    found = lineage_of(tmp_path / "out").steps[0].decisions["validation"]
+    assert set(found["last"]) == {"loss", "divergence", "cross_entropy", name}
+    assert found["best"]["loss"] < 0.9 * found["before"]["loss"]
+    assert found["best"]["divergence"] < 0.9 * found["before"]["divergence"]

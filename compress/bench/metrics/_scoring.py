@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from compress.bench.divergence import Buckets, compare_buckets, compare_logits
+from compress.bench.divergence import compare_buckets, compare_logits
 from compress.bench.metrics import Subject
 
 _LOGIT_BYTES: Final = 2**28
@@ -111,13 +111,7 @@ def _beside_stored(subject: Subject, number: int, after: torch.Tensor, scores: S
         return _NOTHING
     scores.kept = stored.most
     before, log_probabilities = stored.parts[number]
-    there = Buckets(
-        before.tokens.to(after.device),
-        before.log_probabilities.to(after.device),
-        before.tail.to(after.device),
-        before.first.to(after.device),
-    )
-    divergence, agrees = compare_buckets(there, after)
+    divergence, agrees = compare_buckets(before.to(after.device), after)
     return Compared(divergence.cpu(), agrees.cpu(), -log_probabilities.double())
 
 

@@ -1,0 +1,281 @@
+"""What methods have in common that learn next-token distributions from a teacher: who may teach, what a
+training takes, and the way from a source to what is written.
+
+A method says which objective it has. Nothing here imports torch before a method is planned or applied.
+"""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from compress.core.errors import PlanError
+from compress.core.passes import Needs, Outcome
+from compress.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from compress.core.artifact import Artifact
+    from compress.core.run import Run
+    from compress.data.training import TrainingText
+    from compress.training.head import Halves
+    from compress.training.imitation import Teacher
+    from compress.training.loop import Trained
+    from compress.training.objective import Objective
+    from compress.training.precision import Arithmetic
+
+Comparison = Literal["same", "aligned", "uld"]
+"""How the tokens of student and teacher are compared; what they are is in `compress.numerics.outcomes`."""
+
+
+class Distiller(Trainer):
+    """A pass that trains a model to say what a teacher says."""
+
+    other_models: ClassVar[tuple[str, ...]] = ("teacher",)
+
+    teacher: str = Field(
+        default="$model",
+        min_length=1,
+        description="model to learn from: a folder, a hub id, builtin:NAME, or `$model`, the model that the "
+        "recipe starts from",
+    )
+    chunk: int | Literal["auto"] = Field(
+        default="auto",
+        description="positions whose logits stand in memory at once; `auto` goes by vocabulary and device",
+    )
+
+    @field_validator("chunk")
+    @classmethod
+    def _positive(cls, value: int | Literal["auto"]) -> int | Literal["auto"]:
+        if value != "auto" and value < 1:
+            raise ValueError("must be a positive number of positions or 'auto'")
+        return value
+
+    @property
+    @abstractmethod
+    def learns_text(self) -> bool:
+        """Whether there is something to learn from a teacher that is the student itself."""
+
+    @property
+    @abstractmethod
+    def stored(self) -> Path | None:
+        """The folder with what the teacher says, where it is not to be asked again."""
+
+    @property
+    @abstractmethod
+    def comparison(self) -> Comparison:
+        """How tokens are compared."""
+
+    @abstractmethod
+    def objective(
+        self, model: Any, student: "Halves", teacher: "Teacher", chunk: int, arithmetic: "Arithmetic"
+    ) -> "Objective":
+        """What is learned.
+
+        Args:
+            model: the student.
+            student: the same in two halves.
+        """
+
+    def check(self, source: "Artifact", run: "Run") -> Needs:
+        """Refuse a missing text, another task and a teacher of another vocabulary; predict the work."""
+        from compress.data import training
+        from compress.models.load import skeleton
+        from compress.training.precision import resolved
+        from compress.training.prediction import Shape, predict
+        from compress.training.trainee import check
+
+        teacher = self._found(source, run)
+        student_shape = Shape.of(skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code))
+        teacher_shape = Shape.of(skeleton(teacher, task="auto", trust_remote_code=run.trust_remote_code))
+        check(self, source, run)
+        self._compared(source, teacher, (student_shape.vocabulary, teacher_shape.vocabulary), run)
+        if run.training is not None:
+            training.check(run.training)
+        if self.stored is not None:
+            self._opened(self.stored, source, teacher, run)
+        asked = teacher_shape if self.stored is None else None
+        chunk = self._chunk(student_shape.vocabulary, run)
+        arithmetic = resolved(self.precision, run.device)
+        return predict(self, source, student_shape, asked, arithmetic, run.device, chunk)
+
+    def apply(self, source: "Artifact", target: Path, run: "Run") -> Outcome:
+        """Train, take up what was trained before, and write the weights that are kept."""
+        import torch
+
+        from compress.core.artifact import TRAINING_FILE
+        from compress.training.loop import Loop
+        from compress.training.precision import deterministic, resolved
+        from compress.training.trainee import means_of, trainee_of
+        from compress.training.vocabularies import restricted
+
+        teacher = self._found(source, run)
+        arithmetic = resolved(self.precision, run.device)
+        with deterministic(torch.device(run.device)):
+            student = trainee_of(self, source, run)
+            sizes = _tables(source, teacher, run)
+            count = self._compared(source, teacher, sizes, run)
+            text, teaching, told = self._lessons(source, teacher, run, count, arithmetic)
+            run.reporter.message(text.description)
+            run.scratch.mkdir(parents=True, exist_ok=True)
+            parts = restricted(_halves(student.model, text, run, arithmetic), sizes[0], count)
+            objective = self.objective(student.model, parts, teaching, self._chunk(sizes[0], run), arithmetic)
+            trained = Loop(student.model, objective, text, self, run).train()
+        if trained.kept == 0:
+            run.reporter.message(
+                "warning: no step made the validation loss smaller; the weights are those of the source "
+                "(other --learning-rate or --train?)"
+            )
+            student.reload()
+        told |= student.settle(target, lambda: means_of(objective, text.held_out, self.batch, run.device))
+        heard: Any = lambda file, name: run.reporter.event("shard.tensor", file=file, tensor=name)  # noqa: E731
+        meant = student.write(target, heard)
+        (target / TRAINING_FILE).write_text(trained.history.csv(), encoding="utf-8")
+        changed = sum(entry.changed for entry in meant.values())
+        decisions = {"changed": changed, "precision": arithmetic, **_told(trained, text, self)}
+        return Outcome({**decisions, "teacher": teacher.digest, **told}, meant)
+
+    def _found(self, source: "Artifact", run: "Run") -> "Artifact":
+        from compress.training.teacher import teacher_of
+
+        teacher = teacher_of(self, "teacher", source, run)
+        if not self.learns_text and teacher.digest == source.digest:
+            raise PlanError(
+                f"teacher and student are the same model ({source.path}): there is nothing to learn",
+                "give another --teacher, or a loss with cross_entropy to train on the text",
+            )
+        return teacher
+
+    def _compared(self, source: "Artifact", teacher: "Artifact", sizes: tuple[int, int], run: "Run") -> int:
+        """Tokens of the student that are compared, the first of its table.
+
+        Args:
+            sizes: rows of the tables of student and teacher.
+        """
+        from compress.training.teacher import same_vocabulary
+        from compress.training.vocabularies import translation
+
+        if self.comparison != "same":
+            translation(source, teacher, run)
+            return sizes[0]
+        count = same_vocabulary(source, teacher, sizes, run)
+        if self.stored is not None and count < sizes[0]:
+            raise PlanError(
+                f"the tables of {source.path} and teacher {teacher.path} have {sizes[0]:,} and {sizes[1]:,} "
+                "rows for one tokenizer, and a cached teacher is of the longer one",
+                "leave --cache out, and the teacher is run",
+            )
+        return count
+
+    def _chunk(self, vocabulary: int, run: "Run") -> int:
+        from compress.training.prediction import chunk_of
+
+        return chunk_of(vocabulary, run.device) if self.chunk == "auto" else self.chunk
+
+    def _opened(self, folder: Path, source: "Artifact", teacher: "Artifact", run: "Run") -> Any:
+        """What the teacher said, once it is clear that it is of this teacher, tokenizer, text and window."""
+        from compress.data import training
+        from compress.training.teacher_cache import Origin, TeacherCache, vocabulary_digest
+
+        cache = TeacherCache.open(folder)
+        if run.training is not None:
+            words = _tokenizer(source, run)
+            cache.check(
+                Origin(
+                    teacher=teacher.digest,
+                    tokenizer=None if words is None else vocabulary_digest(words),
+                    text=training.digest_of_source(run.training),
+                    window=self.window,
+                )
+            )
+        return cache
+
+    def _lessons(
+        self, source: "Artifact", teacher: "Artifact", run: "Run", vocabulary: int, arithmetic: "Arithmetic"
+    ) -> "tuple[TrainingText, Teacher, dict[str, Any]]":
+        """What is trained on, who teaches it, and what the lineage remembers of that."""
+        from compress.data import training
+        from compress.models.tasks import TextGeneration
+        from compress.runtimes import Placement
+        from compress.runtimes.torch_eager import load_model
+        from compress.training.across import ForeignTeacher
+        from compress.training.imitation import LiveTeacher
+        from compress.training.vocabularies import restricted, translation
+
+        count = self.steps * self.batch * self.accumulation
+        if self.stored is not None:
+            cache = self._opened(self.stored, source, teacher, run)
+            return cache.text(count, self.evaluation_windows), cache, {"teacher_cache": cache.facts}
+        if run.training is None:
+            raise PlanError("the method needs training text", "give --train TEXT or data.train")
+        text = training.draw(
+            run.training,
+            _tokenizer(source, run),
+            run.seed,
+            vocabulary,
+            windows=count,
+            held_out=self.evaluation_windows,
+            length=self.window,
+        )
+        # As the bench would bring it into memory.
+        placement = Placement(run.device, arithmetic, run.trust_remote_code)
+        model, _ = load_model(teacher, TextGeneration(), placement)
+        parts = _halves(model.requires_grad_(False), text, run, arithmetic)
+        if self.comparison != "same":
+            words = translation(source, teacher, run)
+            return text, ForeignTeacher(parts, words), {"pairs": len(words.pairs)}
+        rows = int(model.get_input_embeddings().weight.shape[0])
+        return text, LiveTeacher(restricted(parts, rows, vocabulary)), {"compared_tokens": vocabulary}
+
+
+def _tokenizer(source: "Artifact", run: "Run") -> Any:
+    """The student's tokenizer, where the texts are text and not tokens."""
+    from compress.data import training
+    from compress.models.load import tokenizer
+
+    if run.training is None or not training.needs_tokenizer(run.training):
+        return None
+    return tokenizer(source, trust_remote_code=run.trust_remote_code)
+
+
+def _halves(model: Any, text: "TrainingText", run: "Run", arithmetic: "Arithmetic") -> "Halves":
+    import torch
+
+    from compress.training.head import halves
+    from compress.training.precision import autocast
+
+    device = torch.device(run.device)
+    # Another vocabulary may end earlier, and any token will do.
+    probe = text.held_out[:1, :8].clamp(max=model.get_input_embeddings().weight.shape[0] - 1)
+    with autocast(arithmetic, device):
+        return halves(model, probe.to(device))
+
+
+def _tables(source: "Artifact", teacher: "Artifact", run: "Run") -> tuple[int, int]:
+    """Rows of the tables of student and teacher."""
+    from compress.models.load import skeleton
+
+    models = (
+        skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code),
+        skeleton(teacher, task="auto", trust_remote_code=run.trust_remote_code),
+    )
+    ours, theirs = (int(model.get_input_embeddings().weight.shape[0]) for model in models)
+    return ours, theirs
+
+
+def _told(trained: "Trained", text: "TrainingText", method: Trainer) -> dict[str, Any]:
+    """What the lineage remembers of a training; the rest is in its table."""
+    history = trained.history
+    return {
+        "steps": trained.steps,
+        "tokens": trained.steps * method.step_tokens,
+        "windows": len(text.windows),
+        "zeros_kept": trained.zeros,
+        "kept_step": trained.kept,
+        "validation": {
+            "windows": len(text.held_out),
+            "before": history.evaluation(0),
+            "last": history.evaluation(trained.steps),
+            "best": {"step": trained.best, **history.evaluation(trained.best)},
+        },
+    }
