@@ -134,7 +134,7 @@ class Reentry:
             ModelError: the model never called the block, or not in order.
         """
         self._current, self._recording, self._output, self._onward = position, recording, None, False
-        inputs = {name: tensor.to(self._device) for name, tensor in batch.items()}
+        inputs = self._inputs(batch)
         with torch.set_grad_enabled(gradients):
             try:
                 output = self._model(**inputs, **self._without_cache())
@@ -155,7 +155,7 @@ class Reentry:
         The block and all that follow run as they are, so they have to be in memory.
         """
         self._current, self._recording, self._output, self._onward = position, recording, None, True
-        inputs = {name: tensor.to(self._device) for name, tensor in batch.items()}
+        inputs = self._inputs(batch)
         with torch.no_grad():
             return self._model(**inputs, **self._without_cache())
 
@@ -173,6 +173,14 @@ class Reentry:
             recording.extras[position] = tuple(
                 extra.detach().to("cpu") if isinstance(extra, torch.Tensor) else extra for extra in extras
             )
+
+    def _inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the model is called with; a decoder behind an encoder reads the same tokens."""
+        inputs = {name: tensor.to(self._device) for name, tensor in batch.items()}
+        config = getattr(self._model, "config", None)
+        if getattr(config, "is_encoder_decoder", False) and "input_ids" in inputs:
+            inputs.setdefault("decoder_input_ids", inputs["input_ids"])
+        return inputs
 
     def _without_cache(self) -> dict[str, Any]:
         config = getattr(self._model, "config", None)

@@ -26,6 +26,11 @@ class Cut:
             tensor = tensor.index_select(dimension, places.to(tensor.device))
         return tensor.contiguous()
 
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what stays."""
+        kept = {dimension: len(places) for dimension, places in self.places.items()}
+        return tuple(kept.get(dimension, size) for dimension, size in enumerate(before))
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -98,6 +103,12 @@ def joined(first: Cut, second: Cut) -> Cut:
         before = places.get(dimension)
         places[dimension] = staying if before is None else staying[torch.isin(staying, before)]
     return Cut(first.parameter, places)
+
+
+def merged(first: Mapping[str, Cut], second: Mapping[str, Cut]) -> dict[str, Cut]:
+    """Two sets of cuts by parameter as one."""
+    both = {name: joined(first[name], cut) for name, cut in second.items() if name in first}
+    return {**first, **second, **both}
 
 
 def check_on_disk(shapes: Shapes, model: Any, checkpoint: Checkpoint) -> None:

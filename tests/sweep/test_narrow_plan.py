@@ -11,13 +11,8 @@ from compress.core.run import Run
 from compress.models.load import skeleton
 from compress.sweep.config_search import ConfigSearch
 from compress.sweep.narrow_cuts import complement, ranges
-from compress.sweep.narrow_plan import (
-    Asked,
-    kernel_multiple,
-    nearest_heads,
-    nearest_multiples,
-    plan_narrowing,
-)
+from compress.sweep.narrow_numbers import kernel_multiple, nearest_heads, nearest_multiples
+from compress.sweep.narrow_plan import Asked, plan_narrowing
 from compress.sweep.zeros import Pattern
 from tests import models_zoo
 
