@@ -263,11 +263,13 @@ class _Elementwise(TorchFunctionMode):
     """Statistics see no NaN, so that what is done to every channel alike leaves a channel's NaN its own.
 
     Attributes:
+        width: of the stream.
         norms: modules in which a statistic of poisoned channels was taken; an empty path is none.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.width = 0
         self.norms: set[str] = set()
         self._inside: list[str] = []
 
@@ -300,7 +302,8 @@ class _Elementwise(TorchFunctionMode):
         values = args[0] if args else kwargs["input"]
         if not values.is_floating_point() or not bool(values.isnan().any()):
             return func(*args, **kwargs)
-        self.norms.add(self._inside[-1] if self._inside else "")
+        if values.shape[-1] == self.width:
+            self.norms.add(self._inside[-1] if self._inside else "")
         clean = values.nan_to_num(nan=0.5)
         out = func(clean, *args[1:], **kwargs) if args else func(**{**kwargs, "input": clean})
         return out + 0 * values if func in NORMS else out
@@ -389,7 +392,7 @@ def _entrance(
     before = responses.run(first, _SEQUENCES).entering
     if width not in (0, before.shape[-1]):
         raise PlanError(f"stacks of blocks have hidden sizes of {width} and {before.shape[-1]}", _HINT)
-    width = before.shape[-1]
+    width = elementwise.width = before.shape[-1]
     elementwise.norms.clear()
 
     def judge(name: str, run: Poison, size: int, into: set[str]) -> None:

@@ -11,7 +11,7 @@ from compress.core.run import Run
 from compress.models.load import skeleton
 from compress.sweep.config_search import ConfigSearch
 from compress.sweep.narrow_cuts import complement, ranges
-from compress.sweep.narrow_numbers import kernel_multiple, nearest_heads, nearest_multiples
+from compress.sweep.narrow_numbers import kernel_multiple, nearest_groups, nearest_heads, nearest_multiples
 from compress.sweep.narrow_plan import Asked, plan_narrowing
 from compress.sweep.zeros import Pattern
 from tests import models_zoo
@@ -46,6 +46,12 @@ def test_heads_come_nearest_first_whole_groups_before_parts_of_each() -> None:
     assert next(nearest_heads(24, 8, 4)) == (6, 4)
     # Of two as near the larger.
     assert next(nearest_heads(3, 2, 2)) == (2, 2)
+
+
+def test_groups_come_nearest_first_with_the_heads_nearest_to_their_share() -> None:
+    assert next(nearest_groups(1, 4, 2, 4)) == (1, 4)
+    assert next(nearest_groups(1, 2, 2, 4)) == (1, 2)
+    assert next(nearest_groups(2, 6, 2, 4)) == (2, 3)
 
 
 def test_places_and_ranges() -> None:
