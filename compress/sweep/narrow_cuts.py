@@ -26,11 +26,6 @@ class Cut:
             tensor = tensor.index_select(dimension, places.to(tensor.device))
         return tensor.contiguous()
 
-    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of what stays."""
-        kept = {dimension: len(places) for dimension, places in self.places.items()}
-        return tuple(kept.get(dimension, size) for dimension, size in enumerate(before))
-
 
 @dataclass(frozen=True)
 class Kept:

@@ -8,6 +8,7 @@ Layers that read the residual stream are fitted likewise where it loses channels
 norm over the channels that stay, which is computed beside the norm over all of them.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from compress.models.load import loaded_dtype
 from compress.models.probe import input_dimension, input_features, is_linear, output_features
 from compress.numerics.hessian import Hessian
 from compress.numerics.least_squares import COLUMNS_RIDGE, Moments, absorbed
+from compress.sweep.cutting import Piece
 from compress.sweep.narrow_cuts import Cut
 from compress.sweep.narrow_hidden import Hidden
 from compress.sweep.narrow_model import KeptStream
@@ -117,6 +119,52 @@ def _fitted(
         bias = _within(f"{reader}.bias", (before.double() + shift.cpu()).to(before.dtype))
     fitted = fitted.T if dimension == 0 else fitted
     return Repaired(dimension, _within(f"{reader}.weight", fitted.to(weight.dtype).contiguous()), bias)
+
+
+def pieces_of(
+    walk: Walk, names: Sequence[str], cuts: Mapping[str, Cut], made: Mapping[str, Repaired]
+) -> dict[str, Piece]:
+    """What is written in place of some tensors, cut and fitted again.
+
+    Args:
+        names: on disk.
+        cuts: by the names of parameters.
+        made: layers that were fitted again, by path.
+    """
+    found: dict[str, Piece] = {}
+    for name in names:
+        target = walk.checkpoint.target[name]
+        cut = cuts.get(target)
+        fitted = _fitted_values(target, cut, made)
+        if fitted is None:
+            found[name] = Piece(name, {} if cut is None else cut.places)
+        else:
+            error = _distance(walk.checkpoint.tensor(name), cut, fitted)
+            found[name] = Piece(name, fitted=fitted, error=error)
+    return found
+
+
+def _fitted_values(target: str, cut: Cut | None, made: Mapping[str, Repaired]) -> torch.Tensor | None:
+    """New values of a parameter, cut; ``None`` where it was not fitted again."""
+    layer, _, leaf = target.rpartition(".")
+    again = made.get(layer)
+    if again is not None and leaf == "weight" and cut is not None:
+        return again.cut(cut)
+    if again is not None and leaf == "bias" and again.bias is not None:
+        return again.bias if cut is None else cut.of(again.bias)
+    return None
+
+
+def _distance(tensor: torch.Tensor, cut: Cut | None, written: torch.Tensor) -> float:
+    """Relative Frobenius distance to a tensor of what is left of it, with zeros where it was cut."""
+    kept = tensor if cut is None else cut.of(tensor)
+    whole, stays = _square(tensor), _square(kept)
+    lost = max(0.0, whole - stays) + _square(written.float() - kept.float())
+    return math.sqrt(lost / whole) if whole else math.sqrt(lost)
+
+
+def _square(tensor: torch.Tensor) -> float:
+    return float(tensor.float().square().sum(dtype=torch.float64))
 
 
 @final

@@ -34,6 +34,7 @@ from compress.models.load import loaded_dtype, skeleton
 from compress.models.probe import input_features, output_features
 from compress.numerics.masks import PartImportance, strongest
 from compress.sweep.activations import Activations
+from compress.sweep.cutting import write_pieces
 from compress.sweep.decode_prediction import decode_prediction, read_bytes
 from compress.sweep.narrow_cuts import (
     Cut,
@@ -52,12 +53,12 @@ from compress.sweep.narrow_repair import (
     ReaderInputs,
     Repaired,
     StreamInputs,
+    pieces_of,
     repaired,
     stacked,
     with_repair,
     with_way_back,
 )
-from compress.sweep.narrow_writing import write_narrowed
 from compress.sweep.prediction import predict_narrowing
 from compress.sweep.scarcity import scarce, warning
 from compress.sweep.unit import UnitRecord
@@ -263,7 +264,7 @@ class _Narrowing:
             self._proof.block(block, cuts, zeroed, activations.batches[0], first, reentry)
         walk.checkpoint.release(block.name)
         names = walk.checkpoint.names_of(block.name)
-        record = write_narrowed(walk, block.position, names, cuts, layers, made)
+        record = write_pieces(walk, block.position, pieces_of(walk, names, cuts, made), layers)
         walk.finish(block.position, record, activations)
         return record
 
@@ -276,7 +277,7 @@ class _Narrowing:
             walk.restore(position, activations)
             walk.run.reporter.event("block.compare", block=OUTSIDE, position=position)
             self._proof.outside(activations.batches[0], activations.recordings[0], reentry)
-        record = write_narrowed(walk, position, walk.outside_names(), cuts, [], {})
+        record = write_pieces(walk, position, pieces_of(walk, walk.outside_names(), cuts, {}), [])
         walk.finish(position, record, None)
         return record
 
