@@ -467,20 +467,14 @@ class _Search:
             PlanError: a channel's way through the part is not its own.
         """
         found = _Found()
+        prefix = f"{self._block.name}." if self._block.name else ""
         self._elementwise.norms.clear()
         sinks = self._readers(found)
-        prefix = f"{self._block.name}." if self._block.name else ""
-        if "" in self._elementwise.norms:
-            raise self._refusal("a statistic of all channels is taken in no module of its own")
-        # A norm behind another stack is seen from here, and found behind the last block.
-        found.norms = {
-            name.removeprefix(prefix) for name in self._elementwise.norms if name.startswith(prefix)
-        }
+        found.norms |= self._seen_norms()
         for name, module in self._modules.items():
             if is_linear(module):
-                path = f"{prefix}{name}"
-                run = _of_layer(self._responses, self._block, path)
-                if self._writes(name, run, output_features(module), sinks):
+                run = _of_layer(self._responses, self._block, f"{prefix}{name}")
+                if self._writes(name, run, output_features(module), sinks, found):
                     found.writers.add(name)
                 elif not self._block.name and name in found.readers:
                     self._follow(name, run, output_features(module), found)
@@ -488,14 +482,27 @@ class _Search:
             for leaf, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() == 1 and parameter.device.type != "meta":
                     run = _of_vector(self._responses, self._block, module, leaf)
-                    name_ = f"{name}.{leaf}".removeprefix(".")
-                    if self._writes(name_, run, len(parameter), sinks):
-                        found.vectors.add(name_)
+                    path = f"{name}.{leaf}".removeprefix(".")
+                    if self._writes(path, run, len(parameter), sinks, found):
+                        found.vectors.add(path)
         for name, size in list(self._responses.widths.items()):
             run = _of_layer(self._responses, self._block, f"{prefix}{name}")
-            if self._writes(name, run, size, sinks):
+            if self._writes(name, run, size, sinks, found):
                 found.others[name] = found.others.get(name, 0) + 1
         return found
+
+    def _seen_norms(self) -> set[str]:
+        """Norms of the part that took a statistic of poisoned channels since the last were let go.
+
+        A norm behind another stack is seen from here as well, and found behind the last block.
+
+        Raises:
+            PlanError: it is taken in no module of its own.
+        """
+        if "" in self._elementwise.norms:
+            raise self._refusal("a statistic of all channels is taken in no module of its own")
+        prefix = f"{self._block.name}." if self._block.name else ""
+        return {name.removeprefix(prefix) for name in self._elementwise.norms if name.startswith(prefix)}
 
     def _readers(self, found: _Found) -> set[str]:
         """Layers and other matrices that read the stream; all places where it can be seen."""
@@ -518,12 +525,16 @@ class _Search:
             raise self._refusal("what enters it does not leave it")
         return sinks
 
-    def _writes(self, name: str, run: Poison, size: int, sinks: set[str]) -> bool:
+    def _writes(self, name: str, run: Poison, size: int, sinks: set[str], found: _Found) -> bool:
         """Whether entries of something are channels, where the stream can be seen.
+
+        Args:
+            found: takes in the norms on the way.
 
         Raises:
             PlanError: they arrive there in another order.
         """
+        self._elementwise.norms.clear()
         arrived = {place: places for place, places in _traced(run, size).items() if place in sinks}
         arrived = {place: places for place, places in arrived.items() if _reached(places)}
         if not arrived:
@@ -533,6 +544,7 @@ class _Search:
         for place, places in arrived.items():
             if size != self._width or not _is_own(places):
                 raise self._refusal(f"{name} arrives in another order in {place.strip()}")
+        found.norms |= self._seen_norms()
         return True
 
     def _follow(self, name: str, run: Poison, size: int, found: _Found) -> None:
