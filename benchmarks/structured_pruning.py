@@ -42,6 +42,7 @@ REPOSITORY: Final = Path(__file__).resolve().parents[1]
 SHARED: Final = Path(os.environ.get("COMPRESS_SHARED", REPOSITORY.parent / "shared"))
 SHARES: Final = (0.75, 0.5)
 BUDGET: Final = "budget"
+WHOLE: Final = "as it is"
 MARGIN: Final = 1.02
 _HALVINGS: Final = 6
 
@@ -240,44 +241,45 @@ def fitting(
     return found
 
 
-def cells(subject: Subject, arguments: argparse.Namespace) -> Iterator[Cell]:
-    """Everything of one model."""
+def cells(subject: Subject, arguments: argparse.Namespace, known: Sequence[Cell]) -> Iterator[Cell]:
+    """Everything of one model that is not known yet."""
+    done = {(cell.share, cell.method, cell.repair) for cell in known if cell.subject == subject.name}
     source = resolve(subject.model)
     tokens = windows(subject, source, arguments)
     whole, bytes_read = body(source), read(source)
-    yield Cell(subject.name, 1.0, "as it is", False, 1.0, loss_of(source, tokens), 1.0)
+    if (1.0, WHOLE, False) not in done:
+        yield Cell(subject.name, 1.0, WHOLE, False, 1.0, loss_of(source, tokens), 1.0)
     work = arguments.work / subject.name
     for share in SHARES:
-        options: dict[str, Mapping[str, Any]] = {}
-        for method in METHODS:
-            if method.use not in own_names():
+        for name, repair in ((name, repair) for name in names() for repair in (False, True)):
+            if (share, name, repair) in done:
                 continue
+            out = work / f"{share:.0%}" / folder_name(name, repair)
             try:
-                options[method.name] = {
-                    "use": method.use,
-                    **fitting(method, subject, share, arguments),
-                }
+                step = {**step_of(name, subject, share, arguments), "repair": repair}
+                folder = made(subject, step, out, arguments)
             except CompressError as error:
-                yield Cell(subject.name, share, method.name, False, None, None, None, error.message)
-        options[BUDGET] = {"use": "prune.width", "budget": f"{share:.0%}"}
-        for name, step in options.items():
-            for repair in (False, True):
-                out = work / f"{share:.0%}" / f"{name.replace(', ', '-').replace(' ', '-')}-{repair}"
-                try:
-                    folder = made(subject, {**step, "repair": repair}, out, arguments)
-                except CompressError as error:
-                    yield Cell(subject.name, share, name, repair, None, None, None, error.message)
-                    continue
-                predicted = bytes_read / read(folder)
-                yield Cell(
-                    subject.name,
-                    share,
-                    name,
-                    repair,
-                    body(folder) / whole,
-                    loss_of(folder, tokens),
-                    predicted,
-                )
+                yield Cell(subject.name, share, name, repair, None, None, None, error.message)
+                continue
+            loss, predicted = loss_of(folder, tokens), bytes_read / read(folder)
+            yield Cell(subject.name, share, name, repair, body(folder) / whole, loss, predicted)
+
+
+def names() -> list[str]:
+    """Methods that are there, and the budget over all of them."""
+    return [*(method.name for method in METHODS if method.use in own_names()), BUDGET]
+
+
+def folder_name(name: str, repair: bool) -> str:
+    return f"{name.replace(', ', '-').replace(' ', '-')}{'-repaired' if repair else ''}"
+
+
+def step_of(name: str, subject: Subject, share: float, arguments: argparse.Namespace) -> Mapping[str, Any]:
+    """The step of a method that keeps to a share of the body."""
+    if name == BUDGET:
+        return {"use": "prune.width", "budget": f"{share:.0%}", "trials": arguments.trials}
+    method = next(method for method in METHODS if method.name == name)
+    return {"use": method.use, **fitting(method, subject, share, arguments)}
 
 
 def verdicts(found: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -309,13 +311,13 @@ def verdicts(found: Sequence[Cell]) -> list[dict[str, Any]]:
 def speeds(subject: Subject, found: Sequence[Cell], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Decode and prefill of every model that was made, against the model as it is."""
     source = resolve(subject.model)
-    folders: dict[str, Cell] = {}
     work = arguments.work / subject.name
-    for cell in found:
-        # A repair changes values and no shape.
-        if cell.subject == subject.name and cell.loss is not None and cell.share < 1 and not cell.repair:
-            name = f"{cell.method.replace(', ', '-').replace(' ', '-')}-False"
-            folders[str((work / f"{cell.share:.0%}" / name).resolve())] = cell
+    # A repair changes values and no shape.
+    folders = {
+        str((work / f"{cell.share:.0%}" / folder_name(cell.method, False)).resolve()): cell
+        for cell in found
+        if cell.subject == subject.name and cell.loss is not None and cell.share < 1 and not cell.repair
+    }
     rows = []
     for runtime in ("torch-eager", "onnxruntime"):
         options = Bench(runtimes=(runtime,), threads=arguments.threads, tokens=2_560, window=256, budget=0)
@@ -412,21 +414,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40_960)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--fresh", action="store_true", help="measure again what is in the report")
     parser.add_argument("--speed", action="store_true", help="time the models that are there")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "runs/structured_pruning")
     parser.add_argument("--report", type=Path, default=REPOSITORY / "reports/structured_pruning")
     arguments = parser.parse_args()
     arguments.report.mkdir(parents=True, exist_ok=True)
     file = arguments.report / "structured_pruning.json"
-    names = arguments.subject or ["gutenberg-4m", "quickstart"]
-    found: list[Cell] = []
-    document: dict[str, Any] = {}
-    if file.is_file():
-        document = json.loads(file.read_text())
-        kept = names if not arguments.speed else []
-        found = [Cell(**cell) for cell in document["cells"] if cell["subject"] not in kept]
+    wanted = arguments.subject or ["gutenberg-4m", "quickstart"]
+    document: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    again = wanted if arguments.fresh else []
+    found = [Cell(**cell) for cell in document.get("cells", []) if cell["subject"] not in again]
     about = (
-        f"{arguments.samples} calibration windows of {arguments.window} tokens; loss in nats a token on "
+        f"{arguments.samples} calibration windows of {arguments.window} tokens, {arguments.trials} trials of "
+        "a budget at most; loss in nats a token on "
         f"{arguments.tokens:,} held-out tokens in windows of {arguments.window}. The body is what lies "
         "inside the blocks."
     )
@@ -439,13 +441,13 @@ def main() -> None:
         (arguments.report / "structured_pruning.md").write_text(render(new))
 
     timed = document.get("speeds", [])
-    for subject in subjects(names):
+    for subject in subjects(wanted):
         if arguments.speed:
             timed = [row for row in timed if row["subject"] != subject.name]
             timed += speeds(subject, found, arguments)
             store(timed)
             continue
-        for cell in cells(subject, arguments):
+        for cell in cells(subject, arguments, tuple(found)):
             found.append(cell)
             value = cell.reason if cell.loss is None else f"{cell.loss:.4f}"
             print(subject.name, f"{cell.share:.0%}", cell.method, cell.repair, value, flush=True)

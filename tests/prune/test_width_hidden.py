@@ -20,7 +20,7 @@ from compress.prune.width import Width
 from tests import models_zoo
 from tests.dummies import Killed, KillingRecorder
 from tests.marks import slow_but
-from tests.prune.test_width import calibration, decisions, kept, loaded, write
+from tests.prune.test_width import calibration, decisions, kept, loaded, without, write
 
 WIDTH = 32
 
@@ -126,20 +126,13 @@ def test_it_computes_what_the_big_model_does_without_these_channels(name: str, t
     source = source_of(name, tmp_path)
     heads = 0.75 if name in TOGETHER else 1.0
     task = {"task": "feature-extraction"} if name == "t5" else {}
-    out = prune(source, tmp_path / "out", mlp=1.0, heads=heads, hidden=0.75, multiple=8, **task)
+    out = prune(source, tmp_path / "out", mlp=0.5, heads=heads, hidden=0.75, multiple=8, **task)
     said = decisions(out)
     assert said["shape"]["hidden"]["got"] == 24
     small, big = loaded(out.path), loaded(source)
     channels = kept(said["hidden_kept"])
     assert len(channels) == 24
-    big = without_channels(big, channels)
-    for layer, row in said["layers"].items():
-        if row["kind"] == "heads":
-            module = big.get_submodule(layer)
-            mask = torch.zeros(row["parts"], WIDTH // row["parts"])
-            mask[kept(row["kept"])] = 1
-            flat = mask.flatten()
-            module.register_forward_pre_hook(lambda _, args, mask=flat: (args[0] * mask,))
+    big = without(without_channels(big, channels), said["layers"])
     (expected,), (found,) = outputs(big), outputs(small)
     if found.shape[-1] == 24:
         expected = expected[..., channels]
