@@ -12,8 +12,8 @@ NaN everywhere and is refused. What reads or writes the stream in another order 
 too: one set of channels is cut everywhere.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
@@ -94,12 +94,14 @@ class Residual:
         return {name: tuple(sorted(places)) for name, places in found.items()}
 
 
-@final
-class KeptChannels(TorchFunctionMode):
-    """A wide model whose norms take their statistics of some channels only.
+@contextmanager
+def over_channels(
+    model: nn.Module, norms: Iterable[str], kept: torch.Tensor, width: int, *, inside: bool = False
+) -> Iterator[None]:
+    """A wide model whose norms take their statistics of some channels only, while the context lasts.
 
     That is what a model without the other channels computes: the mean of squares, or mean and variance, over
-    the channels that stay.
+    the channels that stay. What a norm gives for the others is of no meaning.
 
     Args:
         model: the wide model.
@@ -108,38 +110,30 @@ class KeptChannels(TorchFunctionMode):
         width: of all channels.
         inside: whether a norm is entered already.
     """
+    mode = _KeptChannels(kept, width, inside=inside)
+    with ExitStack() as hooks, mode:
+        for name in norms:
+            module = model.get_submodule(name)
+            hooks.callback(module.register_forward_pre_hook(mode.enter).remove)
+            hooks.callback(module.register_forward_hook(mode.leave).remove)
+        yield
 
-    def __init__(
-        self,
-        model: nn.Module,
-        norms: frozenset[str],
-        kept: torch.Tensor,
-        width: int,
-        *,
-        inside: bool = False,
-    ) -> None:
+
+@final
+class _KeptChannels(TorchFunctionMode):
+    """Functions inside norms see some channels only."""
+
+    def __init__(self, kept: torch.Tensor, width: int, *, inside: bool) -> None:
         super().__init__()
-        self._norms = [model.get_submodule(name) for name in sorted(norms)]
         self._kept, self._width = kept, width
         self._inside = int(inside)
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> "KeptChannels":
-        for module in self._norms:
-            self._handles.append(module.register_forward_pre_hook(self._enter))
-            self._handles.append(module.register_forward_hook(self._leave))
-        super().__enter__()
-        return self
-
-    def __exit__(self, *arguments: Any) -> None:
-        super().__exit__(*arguments)
-        while self._handles:
-            self._handles.pop().remove()
-
-    def _enter(self, *_: object) -> None:
+    def enter(self, *_: object) -> None:
+        """A norm is entered."""
         self._inside += 1
 
-    def _leave(self, *_: object) -> None:
+    def leave(self, *_: object) -> None:
+        """A norm is left."""
         self._inside -= 1
 
     def __torch_function__(

@@ -235,11 +235,11 @@ class HiddenSearch:
                 found[name] = places
         others = self.residual.others
         for name in {*before} - {*others}:
-            places, own = set(found.get(name, ())), set(self._required.get(name, ()))
+            here, own = set(found.get(name, ())), set(self._required.get(name, ()))
             follows = name.rpartition(".")[0] in self.residual.followers
-            if places != own and not (follows and own <= places):
+            if here != own and not (follows and own <= here):
                 return None
-        if any(len(found.get(name, ())) != places for name, places in others.items()):
+        if any(len(found.get(name, ())) != counted for name, counted in others.items()):
             return None
         return found
 

@@ -1,14 +1,14 @@
 """The smaller model beside the wide one: the same parts outside the blocks, and one block at a time."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, final
 
 import torch
 from torch import nn
 
 from compress.models.blocks import Recording, Reentry, find_blocks
-from compress.models.residual import KeptChannels
+from compress.models.residual import over_channels
 from compress.sweep.config_search import model_of
 from compress.sweep.narrow_cuts import Cut
 from compress.sweep.narrow_hidden import Hidden
@@ -111,14 +111,14 @@ class KeptStream:
             return values
         return values[..., self.kept.to(values.device)]
 
-    def statistics(self, *, inside: bool = False) -> KeptChannels:
+    def statistics(self, *, inside: bool = False) -> AbstractContextManager[None]:
         """A context in which norms of the wide model see the channels that stay.
 
         Args:
             inside: whether a norm is entered already.
         """
         residual = self._hidden.residual
-        return KeptChannels(self._model, residual.norms, self.kept, residual.width, inside=inside)
+        return over_channels(self._model, residual.norms, self.kept, residual.width, inside=inside)
 
     @contextmanager
     def masked(self, names: Iterable[str]) -> Iterator[None]:

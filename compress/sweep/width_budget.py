@@ -242,9 +242,9 @@ class _Search:
             way = (low + high) / 2
             mlp, heads, hidden = (max(1 - way * each, 1e-6) for each in direction)
             trial = Trial(blocks, direction, (mlp, heads, hidden), 0.0)
-            cost = self._planned_cost(trial)
-            if cost is not None and self._fits(cost):
-                found, high = replace(trial, cost=cost), way
+            planned = self._planned_cost(trial)
+            if planned is not None and self._fits(planned):
+                found, high = replace(trial, cost=planned), way
             else:
                 low = way
         return found

@@ -11,7 +11,7 @@ from torch import nn
 from compress.core.artifact import Artifact
 from compress.core.errors import PlanError
 from compress.models.load import skeleton
-from compress.models.residual import KeptChannels, Residual, find_residual
+from compress.models.residual import Residual, find_residual, over_channels
 from tests import models_zoo
 
 
@@ -97,7 +97,7 @@ def test_a_norm_over_some_channels_is_that_of_a_smaller_model(place: int) -> Non
         own.data = wide.data[kept]
     values = torch.randn(2, 5, 8)
     model = nn.Sequential(norm)
-    with KeptChannels(model, frozenset({"0"}), kept, 8):
+    with over_channels(model, ["0"], kept, 8):
         found = model(values)
     torch.testing.assert_close(found[..., kept], small(values[..., kept]))
     # Behind the context the norm is what it was.
