@@ -12,48 +12,22 @@ NaN everywhere and is refused. What reads or writes the stream in another order 
 too: one set of channels is cut everywhere.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from compress.core.errors import PlanError
 from compress.models.blocks import Block, find_blocks
 from compress.models.fold_search import signature
 from compress.models.load import quiet
+from compress.models.poison import ENTERING, LEAVING, Elementwise, Poison, is_gate, is_own, reached, traced
 from compress.models.probe import input_dimension, is_linear, output_dimension, output_features
 from compress.models.responses import Edit, Responses, Seen
 
 _SEQUENCES: Final = 2
 _HINT: Final = "leave the hidden size as it is, and prune channels, heads or blocks"
-_ENTERING: Final = "what enters"
-_LEAVING: Final = "what leaves"
-
-STATISTICS: Final = frozenset(
-    {
-        torch.mean,
-        torch.Tensor.mean,
-        torch.sum,
-        torch.Tensor.sum,
-        torch.var,
-        torch.Tensor.var,
-        torch.std,
-        torch.Tensor.std,
-        torch.norm,
-        torch.Tensor.norm,
-        torch.linalg.vector_norm,
-        torch.linalg.norm,
-    }
-)
-"""Functions that say one thing of all channels."""
-NORMS: Final = frozenset(
-    {torch.nn.functional.layer_norm, torch.layer_norm, torch.nn.functional.rms_norm, torch.rms_norm}
-)
-"""Functions that take such a statistic and divide by it."""
 
 
 @dataclass(frozen=True)
@@ -94,73 +68,6 @@ class Residual:
         return {name: tuple(sorted(places)) for name, places in found.items()}
 
 
-@contextmanager
-def over_channels(
-    model: nn.Module, norms: Iterable[str], kept: torch.Tensor, width: int, *, inside: bool = False
-) -> Iterator[None]:
-    """A wide model whose norms take their statistics of some channels only, while the context lasts.
-
-    That is what a model without the other channels computes: the mean of squares, or mean and variance, over
-    the channels that stay. What a norm gives for the others is of no meaning.
-
-    Args:
-        model: the wide model.
-        norms: its modules that take a statistic of all channels.
-        kept: int64, the channels that stay, in order.
-        width: of all channels.
-        inside: whether a norm is entered already.
-    """
-    mode = _KeptChannels(kept, width, inside=inside)
-    with ExitStack() as hooks, mode:
-        for name in norms:
-            module = model.get_submodule(name)
-            hooks.callback(module.register_forward_pre_hook(mode.enter).remove)
-            hooks.callback(module.register_forward_hook(mode.leave).remove)
-        yield
-
-
-@final
-class _KeptChannels(TorchFunctionMode):
-    """Functions inside norms see some channels only."""
-
-    def __init__(self, kept: torch.Tensor, width: int, *, inside: bool) -> None:
-        super().__init__()
-        self._kept, self._width = kept, width
-        self._inside = int(inside)
-
-    def enter(self, *_: object) -> None:
-        """A norm is entered."""
-        self._inside += 1
-
-    def leave(self, *_: object) -> None:
-        """A norm is left."""
-        self._inside -= 1
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not self._inside or (func not in STATISTICS and func not in NORMS):
-            return func(*args, **kwargs)
-        some = func(
-            *(self._restricted(value) for value in args),
-            **{name: self._restricted(value) for name, value in kwargs.items()},
-        )
-        if func in STATISTICS:
-            return some
-        whole = torch.zeros(*some.shape[:-1], self._width, dtype=some.dtype, device=some.device)
-        return whole.index_copy(-1, self._kept.to(some.device), some)
-
-    def _restricted(self, value: Any) -> Any:
-        """An argument as it is for the channels that stay."""
-        if isinstance(value, torch.Tensor):
-            counts = value.ndim > 0 and value.shape[-1] == self._width
-            return value.index_select(-1, self._kept.to(value.device)) if counts else value
-        if isinstance(value, tuple | list) and list(value) == [self._width]:
-            return (len(self._kept),)
-        return value
-
-
 def find_residual(model: Any) -> Residual:
     """Find what reads and writes the residual stream.
 
@@ -173,7 +80,7 @@ def find_residual(model: Any) -> Residual:
     blocks = find_blocks(model)
     responses = Responses(model, blocks)
     responses.declare(_SEQUENCES)
-    elementwise = _Elementwise()
+    elementwise = Elementwise()
     outside = _outside(model, blocks)
     found = _Found()
     known: dict[object, _Found] = {}
@@ -248,131 +155,9 @@ class _Found:
         )
 
 
-Poison = Callable[[Edit | None], Seen]
-"""Runs a part of the model with one thing changed, or as it is."""
-
-
-@final
-class _Elementwise(TorchFunctionMode):
-    """Statistics see no NaN, so that what is done to every channel alike leaves a channel's NaN its own.
-
-    Attributes:
-        width: of the stream.
-        norms: modules in which a statistic of poisoned channels was taken; an empty path is none.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.width = 0
-        self.norms: set[str] = set()
-        self._inside: list[str] = []
-
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Know in which of the innermost modules a statistic is taken while the context lasts."""
-        handles = []
-        for name, module in model.named_modules():
-            if not any(True for _ in module.children()):
-                handles.append(module.register_forward_pre_hook(self._enter(name)))
-                handles.append(module.register_forward_hook(self._leave))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _enter(self, name: str) -> Any:
-        return lambda *_: self._inside.append(name)
-
-    def _leave(self, *_: object) -> None:
-        self._inside.pop()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in STATISTICS and func not in NORMS:
-            return func(*args, **kwargs)
-        values = args[0] if args else kwargs["input"]
-        if not values.is_floating_point() or not bool(values.isnan().any()):
-            return func(*args, **kwargs)
-        if values.shape[-1] == self.width:
-            self.norms.add(self._inside[-1] if self._inside else "")
-        clean = values.nan_to_num(nan=0.5)
-        out = func(clean, *args[1:], **kwargs) if args else func(**{**kwargs, "input": clean})
-        return out + 0 * values if func in NORMS else out
-
-
-def _traced(run: Poison, width: int) -> dict[str, torch.Tensor]:
-    """For every place that can be looked at, which entry of what is poisoned arrives there.
-
-    Args:
-        run: with what is poisoned, which has so many entries in its last dimension.
-
-    Returns:
-        int64 ``[columns]`` by place: the entry that arrives in a column, -1 for none, -2 for several.
-    """
-    numbers = torch.arange(width)
-    whole = _shown(run(_poisoned(torch.ones(width, dtype=torch.bool))))
-    found = {place: torch.where(nan, 0, -1) for place, nan in whole.items()}
-    if not any(bool(nan.any()) for nan in whole.values()):
-        return found
-    several = {place: torch.zeros_like(nan) for place, nan in whole.items()}
-    for bit in range(max(1, (width - 1).bit_length())):
-        ones = numbers >> bit & 1 == 1
-        with_bit, without = _shown(run(_poisoned(ones))), _shown(run(_poisoned(~ones)))
-        for place, places in found.items():
-            upper, lower = with_bit.get(place), without.get(place)
-            if upper is None or lower is None:
-                continue
-            several[place] |= upper & lower
-            places[upper & (places >= 0)] |= 1 << bit
-    return {place: torch.where(several[place], -2, places) for place, places in found.items()}
-
-
-def _poisoned(entries: torch.Tensor) -> Edit:
-    """An edit that puts NaN into some entries of the last dimension."""
-    return lambda values: values.masked_fill(entries, torch.nan)
-
-
-def _shown(seen: Seen) -> dict[str, torch.Tensor]:
-    """Where NaN arrived, bool ``[columns]`` by place."""
-    shown = {name: _columns(rows) for name, rows in seen.inputs.items()}
-    for name, values in seen.others.items():
-        # A product with several values (a bias that is added) is looked at by the widest.
-        widest = max(value.shape[-1] for value in values)
-        parts = [_columns(value) for value in values if value.shape[-1] == widest]
-        shown[f"{name} "] = torch.stack(parts).any(0)
-    for number, output in enumerate(seen.outputs):
-        if output.is_floating_point() and output.ndim > 0:
-            shown[f"{_LEAVING} {number}"] = _columns(output)
-    if seen.entering.numel():
-        shown[_ENTERING] = _columns(seen.entering)
-    return shown
-
-
-def _columns(values: torch.Tensor) -> torch.Tensor:
-    return values.reshape(-1, values.shape[-1]).isnan().any(0)
-
-
-def _is_own(places: torch.Tensor) -> bool:
-    """Whether every entry arrives in its own column."""
-    return bool((places == torch.arange(len(places))).all())
-
-
-def _is_gate(places: torch.Tensor, size: int) -> bool:
-    """Whether every entry arrives in all columns: the weight of a mixture, which multiplies all channels."""
-    reached = places[places != -1]
-    return size == 1 or bool((reached == -2).all())
-
-
-def _reached(places: torch.Tensor) -> bool:
-    return bool((places != -1).any())
-
-
 def _entrance(
     responses: Responses,
-    elementwise: _Elementwise,
+    elementwise: Elementwise,
     first: Block,
     modules: Mapping[str, nn.Module],
     width: int,
@@ -390,12 +175,12 @@ def _entrance(
     elementwise.norms.clear()
 
     def judge(name: str, run: Poison, size: int, into: set[str]) -> None:
-        entering = _traced(run, size).get(_ENTERING)
-        if entering is None or not _reached(entering):
+        entering = traced(run, size).get(ENTERING)
+        if entering is None or not reached(entering):
             return
-        if _is_gate(entering, size):
+        if is_gate(entering, size):
             return
-        if size != width or not _is_own(entering):
+        if size != width or not is_own(entering):
             raise _refusal("", f"{name} enters in another order than that of the channels")
         into.add(name)
 
@@ -446,7 +231,7 @@ class _Search:
     def __init__(
         self,
         responses: Responses,
-        elementwise: _Elementwise,
+        elementwise: Elementwise,
         block: Block,
         modules: Mapping[str, nn.Module],
         width: int,
@@ -505,17 +290,17 @@ class _Search:
             return self._responses.run(self._block, _SEQUENCES, entering=edit)
 
         sinks: set[str] = set()
-        for place, places in _traced(run, self._width).items():
-            if place == _ENTERING or not _reached(places):
+        for place, places in traced(run, self._width).items():
+            if place == ENTERING or not reached(places):
                 continue
-            if len(places) != self._width or not _is_own(places):
+            if len(places) != self._width or not is_own(places):
                 raise self._refusal(f"channels arrive in another order in {place.strip()}")
             sinks.add(place)
             if place.endswith(" "):
                 found.others[place.strip()] = 1
-            elif not place.startswith(_LEAVING):
+            elif not place.startswith(LEAVING):
                 found.readers.add(place)
-        if self._block.name and f"{_LEAVING} 0" not in sinks:
+        if self._block.name and f"{LEAVING} 0" not in sinks:
             raise self._refusal("what enters it does not leave it")
         return sinks
 
@@ -529,14 +314,14 @@ class _Search:
             PlanError: they arrive there in another order.
         """
         self._elementwise.norms.clear()
-        arrived = {place: places for place, places in _traced(run, size).items() if place in sinks}
-        arrived = {place: places for place, places in arrived.items() if _reached(places)}
+        arrived = {place: places for place, places in traced(run, size).items() if place in sinks}
+        arrived = {place: places for place, places in arrived.items() if reached(places)}
         if not arrived:
             return False
-        if all(_is_gate(places, size) for places in arrived.values()):
+        if all(is_gate(places, size) for places in arrived.values()):
             return False
         for place, places in arrived.items():
-            if size != self._width or not _is_own(places):
+            if size != self._width or not is_own(places):
                 raise self._refusal(f"{name} arrives in another order in {place.strip()}")
         found.norms |= self._seen_norms()
         return True
@@ -545,8 +330,8 @@ class _Search:
         """Note a layer behind the stream whose features go on one by one, with what reads them."""
         if size != self._width:
             return
-        arrived = {place: places for place, places in _traced(run, size).items() if _reached(places)}
-        if not all(len(places) == size and _is_own(places) for places in arrived.values()):
+        arrived = {place: places for place, places in traced(run, size).items() if reached(places)}
+        if not all(len(places) == size and is_own(places) for places in arrived.values()):
             return
         found.followers.add(name)
         linear = (place for place in arrived if place in self._modules and is_linear(self._modules[place]))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from compress.models.blocks import Recording, Reentry, find_blocks
-from compress.models.residual import over_channels
+from compress.models.poison import over_channels
 from compress.sweep.config_search import model_of
 from compress.sweep.narrow_cuts import Cut
 from compress.sweep.narrow_hidden import Hidden
