@@ -57,6 +57,10 @@ class Seen:
 class Responses:
     """A model whose matrices are sources, run one block at a time.
 
+    Attributes:
+        widths: of what came of products with matrices that are no linear layers in the last run, by the name
+            of the parameter in the block.
+
     Args:
         model: a skeleton in float64 with its parameters on the meta device; of no other use afterwards.
         blocks: of the model.
@@ -72,6 +76,7 @@ class Responses:
         self._edits: Mapping[str, Edit] = {}
         self._seen = Seen()
         self._prefix = ""
+        self.widths: dict[str, int] = {}
 
     def running(self) -> Reentry:
         """Prepare the model; the context in which blocks can be run."""
@@ -119,14 +124,19 @@ class Responses:
             block: whose layers are looked at. One with an empty name stands for everything outside the blocks
                 and runs behind the last of them.
             sequences: how many; each of `TOKENS` tokens.
-            edits: what becomes of the output of layers and embeddings, by their paths in the model.
+            edits: what becomes of the output of layers and embeddings, by their paths in the model, and of
+                products with other matrices, by the names of their parameters.
             entering: what becomes of the hidden state that goes into the block.
         """
         self._begin(block, edits or {})
         recording = self._recordings[sequences]
         seen = self._seen
-        if not block.name and entering is not None:
-            hidden = {stack: entering(values) for stack, values in recording.hidden.items()}
+        if entering is not None:
+            # Stacks that have ended are seen by those behind them.
+            hidden = {
+                stack: values if block.name and stack == block.stack else entering(values)
+                for stack, values in recording.hidden.items()
+            }
             recording = Recording(hidden, dict(recording.extras))
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -151,6 +161,7 @@ class Responses:
         self._prefix = f"{block.name}." if block.name else ""
         self._edits = edits
         self._seen = Seen()
+        self.widths = {}
         self._calls.clear()
 
     def _watch(self) -> "_Others":
@@ -159,8 +170,11 @@ class Responses:
         return _Others(names, self._met)
 
     def _met(self, name: str, values: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-        self._seen.others.setdefault(name.removeprefix(self._prefix), []).extend(values)
-        return self._values(name, tuple(like.shape))
+        path = name.removeprefix(self._prefix)
+        self._seen.others.setdefault(path, []).extend(values)
+        self.widths[path] = like.shape[-1]
+        made, edit = self._values(name, tuple(like.shape)), self._edits.get(name)
+        return made if edit is None else edit(made)
 
     def _values(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Random numbers that depend on the name and on how often it was asked for, and on nothing else."""

@@ -10,7 +10,7 @@ import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, final
@@ -70,7 +70,7 @@ class ConfigSearch:
         choices = itertools.chain(
             _subsets(self._holding(old), new), ({name: new} for name in unset if old != new)
         )
-        return self._first(document, choices, wanted)
+        return self._first(document, choices, lambda shapes: shapes == wanted)
 
     def heads(
         self,
@@ -86,6 +86,42 @@ class ConfigSearch:
             new: key-value heads, query heads to each.
             wanted: the shapes that all parameters must have.
         """
+        return self._first(document, self._heads(old, new), lambda shapes: shapes == wanted)
+
+    def hidden(
+        self,
+        document: Mapping[str, Any],
+        old: int,
+        new: int,
+        fits: Callable[[Shapes], bool],
+        *,
+        widths: Sequence[int] = (),
+        heads: tuple[tuple[int, int, int], tuple[int, int]] | None = None,
+    ) -> dict[str, Any] | None:
+        """The configuration with another hidden size, or ``None`` where it cannot say so.
+
+        Args:
+            fits: whether these are the shapes of a model with that size.
+            widths: of heads and MLPs, which some classes derive from the hidden size where they are not said.
+            heads: what `heads` is given as old and new, where their number changes as well.
+        """
+        sizes = list(_subsets(self._holding(old), new))
+        said: list[dict[str, Any]] = [{}]
+        for width in widths:
+            named = [{name: width} for name in self._holding(width) if name != HEAD_WIDTH]
+            said += [{HEAD_WIDTH: width}, *named]
+        unset = [name for name, value in self._fields.items() if value is None]
+        also = list(self._heads(*heads)) if heads is not None else [{}]
+        found = self._first(document, _together(said, also, sizes), fits)
+        if found is None:
+            refusal = self.refusal
+            derived = [{name: width} for name in unset for width in widths]
+            found = self._first(document, _together(derived, also, sizes[:1]), fits)
+            # What a class says of fields that have nothing to do with it is of no interest.
+            self.refusal = refusal
+        return found
+
+    def _heads(self, old: tuple[int, int, int], new: tuple[int, int]) -> Iterator[dict[str, Any]]:
         groups, parts, width = old
         queries = list(_subsets(self._holding(groups * parts), new[0] * new[1]))
         keys: list[dict[str, Any]] = [{}]
@@ -93,24 +129,27 @@ class ConfigSearch:
             keys = list(_subsets(self._holding(groups), new[0]))
         widths: list[dict[str, Any]] = [{}, {HEAD_WIDTH: width}]
         widths += [{name: width} for name in self._holding(width) if name != HEAD_WIDTH]
-        choices = (
+        return (
             {**width_, **key, **query}
             for width_, key, query in itertools.product(widths, keys, queries)
             # A field that holds both numbers by chance cannot be set to two.
             if not width_.keys() & (key.keys() | query.keys())
         )
-        return self._first(document, choices, wanted)
 
     def _holding(self, number: int) -> list[str]:
         return [name for name, value in self._fields.items() if type(value) is int and value == number]
 
     def _first(
-        self, document: Mapping[str, Any], choices: Iterator[dict[str, Any]], wanted: Shapes
+        self,
+        document: Mapping[str, Any],
+        choices: Iterator[dict[str, Any]],
+        fits: Callable[[Shapes], bool],
     ) -> dict[str, Any] | None:
         self.refusal = ""
         for edits in choices:
             changed = self.edited(document, edits)
-            if self.shapes(changed) == wanted:
+            shapes = self.shapes(changed)
+            if shapes is not None and fits(shapes):
                 return changed
         return None
 
@@ -169,3 +208,10 @@ def _subsets(names: list[str], value: int) -> Iterator[dict[str, Any]]:
     for count in range(1, min(len(names), _TOGETHER) + 1):
         for chosen in itertools.combinations(names, count):
             yield dict.fromkeys(chosen, value)
+
+
+def _together(*choices: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Edits of several kinds at once, where none of their fields is set to two numbers."""
+    for edits in itertools.product(*choices):
+        if sum(map(len, edits)) == len({name for each in edits for name in each}):
+            yield {name: value for each in edits for name, value in each.items()}

@@ -43,7 +43,8 @@ class Piece:
         return self.moved or bool(self.places) or self.fitted is not None
 
     def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of what stays."""
+        """The shape of what stays of a tensor, or of its new values."""
+        before = before if self.fitted is None else tuple(self.fitted.shape)
         kept = {dimension: len(places) for dimension, places in self.places.items()}
         return tuple(kept.get(dimension, size) for dimension, size in enumerate(before))
 

@@ -282,6 +282,49 @@ class _Losses:
         return found
 
 
+def model_loss(walk: Walk, original: Walk) -> float:
+    """The mean loss of a model on its calibration text, one block in memory at a time.
+
+    Args:
+        walk: the model; its weights are let go again.
+        original: what it is compared with where its task has no loss on plain text.
+
+    Returns:
+        infinity where it is not finite.
+    """
+    task = resolve(walk.run.task, walk.source.config)
+    total, sequences = 0.0, 0
+    if isinstance(task, TextGeneration):
+        pairs = ((tokens, said, said) for tokens, said in _streamed(walk, task))
+    else:
+        both = zip(_streamed(walk, task), _streamed(original, task), strict=True)
+        pairs = ((tokens, said, wanted) for (tokens, said), (_, wanted) in both)
+    for tokens, said, wanted in pairs:
+        total += len(tokens) * _loss_of(task, said, tokens, wanted)
+        sequences += len(tokens)
+    mean = total / sequences
+    return mean if math.isfinite(mean) else float("inf")
+
+
+def _streamed(walk: Walk, task: Task) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The tokens of each batch, and what the model says of them."""
+    activations = walk.calibration()
+    if activations is None:
+        raise PlanError("losses are measured on calibration text", "give --calibration TEXT")
+    with walk.reentry() as reentry:
+        walk.load_outside()
+        walk.load_head()
+        for block in walk.blocks:
+            walk.checkpoint.load_module(block.name, walk.device)
+            for batch, recording in zip(activations.batches, activations.recordings, strict=True):
+                reentry.advance(block.position, batch, recording)
+            walk.checkpoint.release(block.name)
+        for batch, recording in zip(activations.batches, activations.recordings, strict=True):
+            said = task.outputs(reentry.run(len(walk.blocks), batch, recording))
+            yield batch["input_ids"].to(said.device), said
+    walk.checkpoint.release("")
+
+
 def _handing_on(extras: tuple[Any, ...] | None) -> Callable[..., Any]:
     """A block that computes nothing.
 

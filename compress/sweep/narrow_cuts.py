@@ -100,6 +100,12 @@ def joined(first: Cut, second: Cut) -> Cut:
     return Cut(first.parameter, places)
 
 
+def merged(first: Mapping[str, Cut], second: Mapping[str, Cut]) -> dict[str, Cut]:
+    """Two sets of cuts by parameter as one."""
+    both = {name: joined(first[name], cut) for name, cut in second.items() if name in first}
+    return {**first, **second, **both}
+
+
 def check_on_disk(shapes: Shapes, model: Any, checkpoint: Checkpoint) -> None:
     """Refuse tensors that transformers converts while it loads: they cannot be cut where they lie.
 

@@ -6,11 +6,11 @@ that divide the hidden size. Asked and got are both kept for the report.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, final
 
 from torch.nn.modules.conv import _ConvNd
 
@@ -27,11 +27,13 @@ from compress.models.channels import (
 from compress.models.load import skeleton
 from compress.models.probe import input_dimension, is_linear, output_dimension
 from compress.sweep.config_search import ConfigSearch, Shapes
+from compress.sweep.narrow_hidden import Heads, Hidden, HiddenFound, HiddenSearch
+from compress.sweep.narrow_numbers import kernel_multiple, nearest_groups, nearest_heads, nearest_multiples
 
-KERNEL_MULTIPLES = (128, 64, 32, 16, 8)
-"""Widths that kernels like: 128 columns and 64 rows for packed integers, 8 for any tensor core."""
-_NEAR = 0.02
-"""How far, as a share of all channels, rounding to a kernel's multiple may move the number kept."""
+Axis = Literal["channels", "heads", "hidden"]
+"""What can be cut: channels of MLPs, heads, and channels of the residual stream."""
+NAMES: Final[Mapping[Axis, str]] = {"channels": "mlp", "heads": "heads", "hidden": "hidden"}
+"""The same as options and reports name it."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,17 @@ class Asked:
         heads: share of the query heads.
         multiple: what the kept channels are a multiple of; ``None`` chooses one that kernels like.
         insists: the kinds that were asked for by name, so that keeping all of them is no answer.
+        hidden: share of the channels of the residual stream.
+        groups: share of the key-value groups, where query heads go with them rather than wherever that comes
+            nearest to their share.
     """
 
     mlp: float
     heads: float
     multiple: int | None = None
-    insists: frozenset[Kind] = frozenset()
+    insists: frozenset[Axis] = frozenset()
+    hidden: float = 1.0
+    groups: float | None = None
 
     def share(self, kind: Kind) -> float:
         """The share of one kind."""
@@ -60,7 +67,7 @@ class Verdict:
     """What became of one kind.
 
     Attributes:
-        of: parts in each block before: MLP channels, or query heads.
+        of: parts in each block before: MLP channels, or query heads; or channels of the stream.
         asked: parts that the share comes to.
         kept: groups and parts in each group that stay.
         groups: groups before.
@@ -80,10 +87,10 @@ class Verdict:
         """Parts that stay."""
         return self.kept[0] * self.kept[1]
 
-    def document(self, kind: Kind) -> dict[str, Any]:
+    def document(self, axis: Axis) -> dict[str, Any]:
         """As it is written into the lineage."""
         said: dict[str, Any] = {"of": self.of, "asked": self.asked, "got": self.got}
-        if kind == "channels":
+        if axis != "heads":
             said["multiple"] = self.multiple
         else:
             said |= {"key_value_of": self.groups, "key_value_got": self.kept[0]}
@@ -100,13 +107,15 @@ class NarrowPlan:
         config: the ``config.json`` of the narrower model.
         shapes: of all its parameters.
         missing: kinds that were found nowhere, with the reason.
+        hidden: channels of the residual stream that go; ``None`` where they stay.
     """
 
     channels: tuple[Channels, ...]
-    verdicts: Mapping[Kind, Verdict]
+    verdicts: Mapping[Axis, Verdict]
     config: Mapping[str, Any]
     shapes: Shapes
     missing: Mapping[Kind, str] = field(default_factory=dict)
+    hidden: Hidden | None = None
 
 
 def plan_narrowing(asked: Asked, source: Artifact, run: Run) -> NarrowPlan:
@@ -118,30 +127,73 @@ def plan_narrowing(asked: Asked, source: Artifact, run: Run) -> NarrowPlan:
     return _planned(asked, source.path, source.digest, run.task, run.trust_remote_code)
 
 
+@final
+class Looked:
+    """What a model is made of, found once for all plans.
+
+    Attributes:
+        source: the model.
+        run: its task, and whether its code may run.
+        layers: linear layers by path.
+        shapes: of all parameters.
+        fused: parameters that hold several matrices.
+        anatomy: channels and heads.
+        search: tries configurations.
+
+    Raises:
+        PlanError: the configuration builds another model.
+    """
+
+    def __init__(self, source: Artifact, run: Run) -> None:
+        self.source, self.run = source, run
+        model = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
+        self.layers = {name: module for name, module in model.named_modules() if is_linear(module)}
+        self.shapes: Shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self.fused = _fused(model)
+        self.anatomy = dissect(model)
+        self.search = ConfigSearch(source, run)
+        if self.search.shapes(dict(source.config)) != self.shapes:
+            raise PlanError(
+                f"{source.path / 'config.json'} builds another model than the one at hand", "give the --task"
+            )
+
+    @cached_property
+    def hidden(self) -> HiddenSearch:
+        """Looks for hidden sizes."""
+        return HiddenSearch(self.source, self.run, self.search)
+
+
+def looked_at(source: Artifact, run: Run) -> Looked:
+    """What a model is made of.
+
+    Raises:
+        PlanError: its configuration builds another model.
+    """
+    return _looked(source.path, source.digest, run.task, run.trust_remote_code)
+
+
+@lru_cache(maxsize=2)
+def _looked(path: Path, digest: str, task: str, trust_remote_code: bool) -> Looked:
+    del digest  # tells one model from another at the same path
+    return Looked(Artifact.open(path), Run(task=task, trust_remote_code=trust_remote_code))
+
+
 @lru_cache(maxsize=4)
 def _planned(asked: Asked, path: Path, digest: str, task: str, trust_remote_code: bool) -> NarrowPlan:
     """The plan of a model with this digest: what is checked before a run is not found out again in it."""
-    del digest  # tells one model from another at the same path
-    source, run = Artifact.open(path), Run(task=task, trust_remote_code=trust_remote_code)
-    model = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
-    layers = {name: module for name, module in model.named_modules() if is_linear(module)}
-    shapes: Shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    fused = _fused(model)
-    anatomy = dissect(model)
-    search = ConfigSearch(source, run)
+    look = _looked(path, digest, task, trust_remote_code)
+    source, layers, anatomy, search = look.source, look.layers, look.anatomy, look.search
+    shapes: Shapes = look.shapes
     document: Mapping[str, Any] = dict(source.config)
-    if search.shapes(document) != shapes:
-        raise PlanError(
-            f"{source.path / 'config.json'} builds another model than the one at hand", "give the --task"
-        )
-    verdicts: dict[Kind, Verdict] = {}
+    verdicts: dict[Axis, Verdict] = {}
     missing: dict[Kind, str] = {}
     chosen: list[Channels] = []
+    together: list[Channels] = []
     kinds: tuple[Kind, ...] = ("channels", "heads")
     for kind in kinds:
         if asked.share(kind) >= 1:
             continue
-        members = _alike(kind, anatomy, fused, asked)
+        members = _alike(kind, anatomy, look.fused, asked)
         if not members:
             missing[kind] = _reason(anatomy)
             continue
@@ -150,20 +202,98 @@ def _planned(asked: Asked, path: Path, digest: str, task: str, trust_remote_code
         verdicts[kind] = verdict
         if verdict.got < verdict.of:
             chosen += members
+        elif kind == "heads" and asked.hidden < 1:
+            together = members
         elif kind in asked.insists:
-            raise PlanError(
-                f"{verdict.asked} of {verdict.of} {_words(kind)} cannot be kept: {verdict.note}",
-                "leave them whole with --heads 1"
-                if kind == "heads"
-                else "ask for fewer, or a smaller --multiple",
-            )
-    if not chosen:
+            raise _refused(kind, verdict)
+    hidden: Hidden | None = None
+    if asked.hidden < 1:
+        found = _hidden(asked, look, document, shapes, together)
+        hidden, document, shapes = found.hidden, found.config, found.shapes
+        verdicts["hidden"] = _hidden_verdict(asked, found)
+        if found.heads is not None:
+            chosen += together
+            note = "the configuration class has as many channels as all heads together: both went"
+            verdicts["heads"] = replace(verdicts["heads"], kept=found.heads, note=note)
+        elif together and "heads" in asked.insists:
+            raise _refused("heads", verdicts["heads"])
+    if not chosen and hidden is None:
         notes = "; ".join([*(entry.note for entry in verdicts.values() if entry.note), *missing.values()])
         raise PlanError(
             f"nothing would be taken out of {source.path}{': ' + notes if notes else ''}",
-            "ask for a smaller share with --keep, --mlp or --heads",
+            "ask for a smaller share with --keep, --mlp, --heads or --hidden",
         )
-    return NarrowPlan(tuple(chosen), verdicts, document, shapes, missing)
+    return NarrowPlan(tuple(chosen), verdicts, document, shapes, missing, hidden)
+
+
+def _hidden(
+    asked: Asked,
+    look: Looked,
+    document: Mapping[str, Any],
+    before: Shapes,
+    together: Sequence[Channels],
+) -> HiddenFound:
+    """The nearest hidden size that the configuration class accepts.
+
+    Args:
+        document: the configuration after the other cuts.
+        before: shapes of all parameters after them.
+        together: heads that were asked for and that the class cannot lose alone.
+
+    Raises:
+        PlanError: there is none, or the stream cannot be cut.
+    """
+    search, anatomy = look.hidden, look.anatomy
+    width = search.residual.width
+    wanted = max(1, round(width * asked.hidden))
+    multiple = asked.multiple or kernel_multiple(width, wanted)
+    widths = sorted(
+        {entry.shape[2] if entry.kind == "heads" else entry.shape[0] for entry in anatomy.channels}
+    )
+    counts = nearest_multiples(wanted, multiple, width)
+    found = search.nearest(counts, document, before, widths)
+    refusal = search.refusal
+    if found is None and together:
+        groups, parts, size = together[0].shape
+        several = math.lcm(size, asked.multiple or 1)
+        choices = [(group, part) for group in range(1, groups + 1) for part in range(1, parts + 1)]
+        shapes = {kept: narrowed(before, together, look.layers, kept) for kept in choices}
+        heads = Heads((groups, parts, size), shapes)
+        counts = nearest_multiples(wanted, several, width)
+        found = search.nearest(counts, document, before, widths, heads)
+        refusal = search.refusal or refusal
+    if found is None:
+        heads_of = [entry for entry in anatomy.channels if entry.kind == "heads"]
+        tied = not together and any(math.prod(entry.shape) == width for entry in heads_of)
+        raise PlanError(
+            f"{wanted} of {width} channels of the hidden state cannot be kept: "
+            f"{refusal or f'no multiple of {multiple} lies below {width}'}",
+            "ask for fewer heads as well, with --heads; or leave the hidden size as it is"
+            if tied
+            else "leave the hidden size as it is, and prune channels, heads or blocks",
+        )
+    return found
+
+
+def _hidden_verdict(asked: Asked, found: HiddenFound) -> Verdict:
+    width, count = found.hidden.residual.width, found.hidden.count
+    wanted = max(1, round(width * asked.hidden))
+    multiple = asked.multiple or kernel_multiple(width, wanted)
+    note = ""
+    if found.heads is not None:
+        note = "as many channels as all heads that stay"
+    elif count != wanted:
+        note = (
+            f"{count} is the nearest multiple of {multiple} to {wanted} that the configuration class accepts"
+        )
+    return Verdict(width, wanted, (count, 1), width, multiple, note)
+
+
+def _refused(kind: Kind, verdict: Verdict) -> PlanError:
+    return PlanError(
+        f"{verdict.asked} of {verdict.of} {_words(kind)} cannot be kept: {verdict.note}",
+        "leave them whole with --heads 1" if kind == "heads" else "ask for fewer, or a smaller --multiple",
+    )
 
 
 def _words(kind: Kind) -> str:
@@ -254,7 +384,10 @@ class _Seeker:
         groups, parts, width = self.members[0].shape
         wanted = max(1, round(groups * parts * asked.heads))
         refusal = ""
-        for kept in nearest_heads(wanted, groups, parts):
+        choices = nearest_heads(wanted, groups, parts)
+        if asked.groups is not None:
+            choices = nearest_groups(max(1, round(groups * asked.groups)), wanted, groups, parts)
+        for kept in choices:
             if kept == (groups, parts):
                 break
             shapes = narrowed(self.shapes, self.members, self.layers, kept)
@@ -281,39 +414,6 @@ class _Seeker:
         return self.search.refusal or (
             f"no field of the configuration class of '{kind}' gives the weights that shape"
         )
-
-
-def kernel_multiple(width: int, wanted: int) -> int:
-    """The largest multiple that kernels like, divides the width, and hardly moves the number that is kept."""
-    for multiple in KERNEL_MULTIPLES:
-        nearest = max(multiple, round(wanted / multiple) * multiple)
-        if width % multiple == 0 and abs(nearest - wanted) <= _NEAR * width:
-            return multiple
-    return 1
-
-
-def nearest_multiples(wanted: int, multiple: int, width: int) -> Iterator[int]:
-    """Multiples below the width, the nearest to what is wanted first; of two as near the larger."""
-    counts = range(multiple, width, multiple)
-    yield from sorted(counts, key=lambda count: (abs(count - wanted), -count))
-
-
-def nearest_heads(wanted: int, groups: int, parts: int) -> Iterator[tuple[int, int]]:
-    """Numbers of groups and of parts in each, the nearest to the wanted product first.
-
-    Of two as near the larger, so that a tie costs nothing; of the same product whole groups are taken out
-    rather than parts of each, because keys and values then go as well.
-    """
-    choices = [(group, part) for group in range(1, groups + 1) for part in range(1, parts + 1)]
-    yield from sorted(
-        choices,
-        key=lambda kept: (
-            abs(kept[0] * kept[1] - wanted),
-            -kept[0] * kept[1],
-            (kept[0] != groups) + (kept[1] != parts),
-            kept[0],
-        ),
-    )
 
 
 def narrowed(

@@ -8,11 +8,13 @@ block and through the block as it was with the cut columns at zero: both must sa
 The importance is that of the model as it was: every block sees what it saw before anything was cut. One
 pass over the text is enough then, and no block is judged by the damage of another (Minitron, section 2.2).
 
+Channels of the residual stream are the same in all blocks, so they are chosen first, in a pass of their own
+(`compress.sweep.narrow_importance`).
+
 A repair fits the layers in front of which something went to their outputs before
 (`compress.sweep.narrow_repair`). It changes values after the comparison, which is about the cut alone.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,59 +24,87 @@ import torch
 from torch import nn
 
 from compress.core.artifact import Artifact
-from compress.core.errors import CalibrationError, PlanError, VerificationError
-from compress.core.passes import Meant, Needs, Outcome
+from compress.core.errors import CalibrationError, PlanError
+from compress.core.passes import Needs, Outcome
 from compress.core.run import Run
-from compress.formats.shards import shard_name, write_shard
-from compress.models.blocks import Block, Recording, Reentry, find_blocks, hidden_state
-from compress.models.channels import Channels, Kind
+from compress.models.blocks import Block, Reentry, find_blocks
+from compress.models.channels import Channels
 from compress.models.checkpoint import Checkpoint
 from compress.models.load import loaded_dtype, skeleton
 from compress.models.probe import input_features, output_features
-from compress.numerics.fingerprint import fingerprint
 from compress.numerics.masks import PartImportance, strongest
 from compress.sweep.activations import Activations
+from compress.sweep.cutting import write_pieces
+from compress.sweep.decode_prediction import decode_prediction, read_bytes
 from compress.sweep.narrow_cuts import (
     Cut,
     Kept,
     check_on_disk,
     complement,
     cuts_of,
-    joined,
+    merged,
     ranges,
 )
-from compress.sweep.narrow_model import NarrowModel
-from compress.sweep.narrow_plan import Asked, NarrowPlan, plan_narrowing, reduction
-from compress.sweep.narrow_repair import ReaderInputs, Repaired, repaired, with_repair
+from compress.sweep.narrow_importance import By, Importance, check_importance, judge
+from compress.sweep.narrow_model import KeptStream
+from compress.sweep.narrow_plan import NAMES, Asked, NarrowPlan, plan_narrowing, reduction
+from compress.sweep.narrow_proof import Proof
+from compress.sweep.narrow_repair import (
+    ReaderInputs,
+    Repaired,
+    StreamInputs,
+    pieces_of,
+    repaired,
+    stacked,
+    with_repair,
+    with_way_back,
+)
 from compress.sweep.prediction import predict_narrowing
-from compress.sweep.rewriting import agree
 from compress.sweep.scarcity import scarce, warning
 from compress.sweep.unit import UnitRecord
 from compress.sweep.walk import OUTSIDE, Walk, decided, placed_skeleton
 
 
-def check(asked: Asked, source: Artifact, run: Run, *, repair: bool = False) -> Needs:
-    """Settle what would be cut, refuse what cannot be, and predict the work.
+@dataclass(frozen=True)
+class How:
+    """How channels and heads are chosen and what follows.
 
-    Args:
+    Attributes:
+        by: what they count by.
         repair: whether layers are fitted again to what their inputs lost.
+    """
+
+    by: By = "activation"
+    repair: bool = False
+
+
+def check(asked: Asked, how: How, source: Artifact, run: Run) -> Needs:
+    """Settle what would be cut, refuse what cannot be, and predict the work.
 
     Raises:
         PlanError: nothing can be cut, a tensor on disk cannot be cut, or calibration text is missing.
     """
     if run.calibration is None:
         raise PlanError("the method needs calibration text", "give --calibration TEXT or data.calibration")
+    check_importance(how.by, source, run)
     plan = plan_narrowing(asked, source, run)
     model = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
     checkpoint = Checkpoint(source, model)
     check_on_disk(plan.shapes, model, checkpoint)
-    needs = predict_narrowing(plan.shapes, find_blocks(model), model, checkpoint, run)
-    if not repair:
+    # The stream is judged in a pass of its own; gradients take two more to go back.
+    passes = 1.0 + (plan.hidden is not None) + 3.0 * (how.by == "taylor")
+    needs = predict_narrowing(plan.shapes, find_blocks(model), model, checkpoint, run, passes=passes)
+    if how.by == "taylor":
+        needs = with_way_back(needs, model, checkpoint, run)
+    if not how.repair:
         return needs
-    return with_repair(needs, (entry.reader for entry in plan.channels), model, run)
+    readers = [entry.reader for entry in plan.channels]
+    if plan.hidden is not None:
+        readers += sorted(plan.hidden.residual.readers)
+    return with_repair(needs, readers, model, run)
 
 
-def narrow(asked: Asked, source: Artifact, target: Path, run: Run, *, repair: bool = False) -> Outcome:
+def narrow(asked: Asked, how: How, source: Artifact, target: Path, run: Run) -> Outcome:
     """Cut the least important channels and heads out of every block.
 
     Blocks are computed in float32 on a CPU and in the model's own precision on a GPU; tensors are written
@@ -82,7 +112,6 @@ def narrow(asked: Asked, source: Artifact, target: Path, run: Run, *, repair: bo
 
     Args:
         target: the folder that is written; it may hold earlier progress.
-        repair: whether layers are fitted again to what their inputs lost.
 
     Raises:
         CalibrationError: no data reached a layer, or its inputs are not finite.
@@ -97,23 +126,32 @@ def narrow(asked: Asked, source: Artifact, target: Path, run: Run, *, repair: bo
     check_on_disk(plan.shapes, model, checkpoint)
     walk = Walk(source, target, run, model, checkpoint, device)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    outcome = _Narrowing(walk, plan, model.dtype, repair).apply()
+    size = loaded_dtype(source).itemsize
+    read = {"before": read_bytes(model, shapes, size), "after": read_bytes(model, plan.shapes, size)}
+    importance = judge(walk, plan, how.by)
+    stream = None
+    if plan.hidden is not None and importance.hidden is not None:
+        kept = strongest(importance.hidden, plan.hidden.count)
+        stream = KeptStream(plan.hidden, kept, model)
+    outcome = _Narrowing(walk, plan, how, importance, stream, model.dtype).apply()
     before, after = reduction(shapes, plan.shapes)
     changed = {
         name: value for name, value in plan.config.items() if source.config.get(name, _ABSENT) != value
     }
     decisions = {
-        "shape": {_NAMES[kind]: verdict.document(kind) for kind, verdict in plan.verdicts.items()},
-        "missing": {_NAMES[kind]: why for kind, why in plan.missing.items()},
+        "shape": {NAMES[axis]: verdict.document(axis) for axis, verdict in plan.verdicts.items()},
+        "missing": {NAMES[kind]: why for kind, why in plan.missing.items()},
+        "importance": how.by,
         "config": changed,
         "parameters": {"before": before, "after": after},
+        "decode": decode_prediction(read["before"], read["after"]),
+        **({"hidden_kept": ranges(stream.kept.tolist())} if stream is not None else {}),
         **outcome.decisions,
     }
     return Outcome(decisions, outcome.tensors)
 
 
 _ABSENT = object()
-_NAMES: Mapping[Kind, str] = {"channels": "mlp", "heads": "heads"}
 
 
 def _said(plan: NarrowPlan) -> list[str]:
@@ -121,11 +159,11 @@ def _said(plan: NarrowPlan) -> list[str]:
     lines = []
     for kind, verdict in plan.verdicts.items():
         note = f" ({verdict.note})" if verdict.note else ""
+        where = "" if kind == "hidden" else " in each block"
         lines.append(
-            f"{_NAMES[kind]}: asked for {verdict.asked} of {verdict.of} in each block, "
-            f"got {verdict.got}{note}"
+            f"{NAMES[kind]}: asked for {verdict.asked} of {verdict.of}{where}, got {verdict.got}{note}"
         )
-    lines += [f"{_NAMES[kind]}: none can be taken out ({why})" for kind, why in plan.missing.items()]
+    lines += [f"{NAMES[kind]}: none can be taken out ({why})" for kind, why in plan.missing.items()]
     return lines
 
 
@@ -137,15 +175,22 @@ class _Narrowing:
     Attributes:
         walk: the wide model on its way.
         plan: what goes.
+        how: what it is chosen by, and whether layers are fitted again.
+        importance: what was measured before.
+        stream: channels of the residual stream that stay; ``None`` where all do.
         compute: precision of the blocks.
-        repair: whether layers are fitted again.
     """
 
     walk: Walk
     plan: NarrowPlan
+    how: How
+    importance: Importance
+    stream: KeptStream | None
     compute: torch.dtype
-    repair: bool
-    _small: NarrowModel | None = field(default=None, init=False)
+    _proof: Proof = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._proof = Proof(self.walk, self.plan.config, self.stream, self.compute)
 
     def apply(self) -> Outcome:
         """Narrow every block, copy the rest, and say what was meant."""
@@ -157,11 +202,16 @@ class _Narrowing:
         title = f"{len(self.plan.channels)} layers in {len(walk.blocks)} blocks"
         with walk.reentry() as reentry:
             walk.load_outside()
+            if len(walk.blocks) == 1:
+                # A lone block is not stopped behind, as a model may run it again: its output meets the head.
+                walk.load_head()
             records = walk.through(
-                title, lambda block: self._block(block, activations, reentry), self._outside
+                title,
+                lambda block: self._block(block, activations, reentry),
+                lambda: self._outside(activations, reentry),
             )
         walk.complete(records, self.plan.config)
-        if self.repair:
+        if self.how.repair:
             _warn(walk.run, [row for record in records for row in record.layers])
         return self._outcome(records)
 
@@ -184,40 +234,58 @@ class _Narrowing:
         event("block.calibrate", block=block.name, position=block.position)
         # What the check needs is held before the recordings go on to the output of this block.
         first = activations.recordings[0].held()
-        read = {entry.reader: ReaderInputs(walk, entry.reader) for entry in members} if self.repair else {}
-        gathered = self._gather(block, members, activations, reentry, read)
+        repair = self.how.repair
+        read = {entry.reader: ReaderInputs(walk, entry.reader) for entry in members} if repair else {}
+        streams = StreamInputs.of_block(walk, self.plan.hidden, self.stream, block) if repair else []
+        with stacked(streams):
+            gathered = self._gather(block, members, activations, reentry, read)
         made: dict[str, Repaired] = {}
-        cuts: dict[str, Cut] = {}
+        cuts: dict[str, Cut] = self._stream_cuts(block.name)
         zeroed: dict[str, torch.Tensor] = {}
         layers: list[dict[str, Any]] = []
         for entry in members:
             event("layer.solve", layer=entry.reader)
             kept, row = self._chosen(entry, gathered[entry.reader])
             layers.append(row)
-            if self.repair:
+            if repair:
                 made[entry.reader] = repaired(walk, entry.reader, kept.columns, read.pop(entry.reader))
                 row |= made[entry.reader].row
             zeroed[entry.reader] = complement(
                 kept.columns, input_features(walk.model.get_submodule(entry.reader))
             )
             for cut in cuts_of(walk.model, entry, kept):
-                before = cuts.get(cut.parameter)
-                cuts[cut.parameter] = cut if before is None else joined(before, cut)
-        if members:
+                cuts = merged(cuts, {cut.parameter: cut})
+        for stream in streams:
+            event("layer.solve", layer=stream.reader)
+            made[stream.reader] = stream.repaired()
+            layers.append(dict(made[stream.reader].row))
+        if members or self.stream is not None:
             event("block.compare", block=block.name, position=block.position)
-            self._compare(block, cuts, zeroed, activations.batches[0], first, reentry)
+            self._proof.block(block, cuts, zeroed, activations.batches[0], first, reentry)
         walk.checkpoint.release(block.name)
-        record = self._write(block.position, walk.checkpoint.names_of(block.name), cuts, layers, made)
+        names = walk.checkpoint.names_of(block.name)
+        record = write_pieces(walk, block.position, pieces_of(walk, names, cuts, made), layers)
         walk.finish(block.position, record, activations)
         return record
 
-    def _outside(self) -> UnitRecord:
+    def _outside(self, activations: Activations, reentry: Reentry) -> UnitRecord:
         walk = self.walk
         position = len(walk.blocks)
         walk.run.reporter.event("block.start", block=OUTSIDE, position=position)
-        record = self._write(position, walk.outside_names(), {}, [], {})
+        cuts = {} if self.stream is None else dict(self.stream.cuts)
+        if self.stream is not None:
+            walk.restore(position, activations)
+            walk.run.reporter.event("block.compare", block=OUTSIDE, position=position)
+            self._proof.outside(activations.batches[0], activations.recordings[0], reentry)
+        record = write_pieces(walk, position, pieces_of(walk, walk.outside_names(), cuts, {}), [])
         walk.finish(position, record, None)
         return record
+
+    def _stream_cuts(self, block: str) -> dict[str, Cut]:
+        """What stays of the parameters of a block without channels of the residual stream."""
+        if self.stream is None:
+            return {}
+        return {name: cut for name, cut in self.stream.cuts.items() if name.startswith(f"{block}.")}
 
     # -- importance ----------------------------------------------------------------------------------
 
@@ -267,9 +335,10 @@ class _Narrowing:
     def _chosen(self, entry: Channels, gathered: PartImportance) -> tuple[Kept, dict[str, Any]]:
         """Which groups and parts stay in front of one layer, and its row in the table."""
         try:
-            importance = gathered.importance
+            carried = gathered.importance
         except CalibrationError as error:
             raise CalibrationError(f"{entry.reader}: {error.message}", error.hint) from error
+        importance = self.importance.parts.get(entry.reader, carried)
         verdict = self.plan.verdicts[entry.kind]
         groups, parts, _ = entry.shape
         scores = importance.reshape(groups, parts)
@@ -281,8 +350,8 @@ class _Narrowing:
         numbers = [group * parts + part for group, chosen in kept.items() for part in chosen]
         row = {
             "layer": entry.reader,
-            "kind": _NAMES[entry.kind],
-            "rows": output_features(self.walk.model.get_submodule(entry.reader)),
+            "kind": NAMES[entry.kind],
+            "rows": self._rows(entry.reader),
             "columns": len(staying.columns),
             "tokens": gathered.tokens,
             "parts": verdict.of,
@@ -292,121 +361,12 @@ class _Narrowing:
         }
         return staying, row
 
-    # -- proof and writing -----------------------------------------------------------------------------
-
-    def _compare(
-        self,
-        block: Block,
-        cuts: Mapping[str, Cut],
-        zeroed: Mapping[str, torch.Tensor],
-        batch: Mapping[str, torch.Tensor],
-        recording: Recording,
-        reentry: Reentry,
-    ) -> None:
-        """Hold the narrower block against the wide one whose cut columns are zero, on one batch."""
-        walk = self.walk
-        if self._small is None:
-            self._small = NarrowModel(self.plan.config, walk, self.compute)
-        inside = f"{block.name}."
-        weights = {
-            name: cuts[name].of(parameter.detach()) if name in cuts else parameter.detach()
-            for name, parameter in walk.model.named_parameters()
-            if name.startswith(inside)
-        }
-        narrow_output = self._small.run(block.position, weights, batch, recording)
-        handles = [
-            walk.model.get_submodule(reader).register_forward_pre_hook(_zeroing(columns))
-            for reader, columns in zeroed.items()
-        ]
-        try:
-            wide_output = reentry.run(block.position, batch, recording)
-        finally:
-            for handle in handles:
-                handle.remove()
-        same, words = agree(hidden_state(wide_output), hidden_state(narrow_output), self.compute)
-        if not same:
-            raise VerificationError(
-                f"{block.name} is {words} with the same channels at zero",
-                "its channels depend on one another in a way that was not seen: report this architecture; "
-                "--heads 1 or --mlp 1 may leave out what does it",
-            )
-
-    def _write(
-        self,
-        position: int,
-        names: Sequence[str],
-        cuts: Mapping[str, Cut],
-        layers: list[dict[str, Any]],
-        made: Mapping[str, Repaired],
-    ) -> UnitRecord:
-        """Write one shard: cut tensors cut and fitted again, all others byte for byte."""
-        checkpoint, run = self.walk.checkpoint, self.walk.run
-        file = shard_name(position, len(self.walk.blocks) + 1)
-        loaded = loaded_dtype(self.walk.source)
-        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for name in names:
-            target = checkpoint.target[name]
-            shape = self.plan.shapes[target] if target in cuts else checkpoint.shape(name)
-            layout[name] = (checkpoint.dtype(name), shape)
-        meant: dict[str, Meant] = {}
-
-        def bring(name: str) -> torch.Tensor:
-            tensor, target = checkpoint.tensor(name), checkpoint.target[name]
-            cut = cuts.get(target)
-            written = _written(tensor, target, cut, made)
-            if written is None:
-                meant[name] = Meant(fingerprint(tensor), False)
-                return tensor
-            # A loader sees the values in the precision that the configuration names.
-            meant[name] = Meant(fingerprint(written.to(loaded)), True, _distance(tensor, cut, written))
-            return written
-
-        size = write_shard(
-            self.walk.target / file,
-            layout,
-            bring,
-            lambda name: run.reporter.event("shard.tensor", file=file, tensor=name),
-        )
-        return UnitRecord(file, sorted(layout), size, dict(sorted(meant.items())), layers)
-
-
-def _zeroing(columns: torch.Tensor) -> Any:
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        inputs = args[0].clone()
-        inputs[..., columns.to(inputs.device)] = 0
-        return (inputs, *args[1:])
-
-    return hook
-
-
-def _written(
-    tensor: torch.Tensor, target: str, cut: Cut | None, made: Mapping[str, Repaired]
-) -> torch.Tensor | None:
-    """What is written in place of a tensor, cut and fitted again; ``None`` where it stays.
-
-    Args:
-        target: name of its parameter.
-        made: layers that were fitted again, by path.
-    """
-    layer, _, leaf = target.rpartition(".")
-    again = made.get(layer)
-    if again is not None and leaf == "weight" and cut is not None:
-        return again.cut(cut)
-    if again is not None and leaf == "bias" and again.bias is not None:
-        return again.bias if cut is None else cut.of(again.bias)
-    return None if cut is None else cut.of(tensor)
-
-
-def _distance(tensor: torch.Tensor, cut: Cut | None, written: torch.Tensor) -> float:
-    """Relative Frobenius distance to a tensor of what is left of it, with zeros where it was cut."""
-    kept = tensor if cut is None else cut.of(tensor)
-    whole, stays = _square(tensor), _square(kept)
-    lost = max(0.0, whole - stays) + _square(written.float() - kept.float())
-    return math.sqrt(lost / whole) if whole else math.sqrt(lost)
-
-
-def _square(tensor: torch.Tensor) -> float:
-    return float(tensor.float().square().sum(dtype=torch.float64))
+    def _rows(self, layer: str) -> int:
+        """Output features of a layer in the narrower model."""
+        rows = output_features(self.walk.model.get_submodule(layer))
+        residual = None if self.plan.hidden is None else self.plan.hidden.residual
+        writes = residual is not None and layer in residual.writers
+        return self.plan.hidden.count if writes and self.plan.hidden is not None else rows
 
 
 def _warn(run: Run, layers: Sequence[Mapping[str, Any]]) -> None:

@@ -141,15 +141,17 @@ def predict_narrowing(
     model: Any,
     checkpoint: Checkpoint,
     run: Run,
+    *,
+    passes: float = 1.0,
 ) -> Needs:
-    """What narrowing takes: a smaller model, one pass over the text, and two blocks at a time."""
+    """What narrowing takes: a smaller model, passes over the text, and two blocks at a time."""
     disk = 0
     for name in checkpoint.names:
         shape = shapes.get(checkpoint.target[name], checkpoint.shape(name))
         disk += checkpoint.dtype(name).itemsize * torch.Size(shape).numel()
     blocks = list(blocks)
     compute = 4 if run.device == "cpu" else loaded_dtype(checkpoint.source).itemsize
-    return _dense(disk, compute * _largest(blocks), 1.0, blocks, model, checkpoint, run)
+    return _dense(disk, compute * _largest(blocks), passes, blocks, model, checkpoint, run)
 
 
 def predict_whole(

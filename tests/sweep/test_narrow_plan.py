@@ -11,13 +11,8 @@ from compress.core.run import Run
 from compress.models.load import skeleton
 from compress.sweep.config_search import ConfigSearch
 from compress.sweep.narrow_cuts import complement, ranges
-from compress.sweep.narrow_plan import (
-    Asked,
-    kernel_multiple,
-    nearest_heads,
-    nearest_multiples,
-    plan_narrowing,
-)
+from compress.sweep.narrow_numbers import kernel_multiple, nearest_groups, nearest_heads, nearest_multiples
+from compress.sweep.narrow_plan import Asked, plan_narrowing
 from compress.sweep.zeros import Pattern
 from tests import models_zoo
 
@@ -51,6 +46,12 @@ def test_heads_come_nearest_first_whole_groups_before_parts_of_each() -> None:
     assert next(nearest_heads(24, 8, 4)) == (6, 4)
     # Of two as near the larger.
     assert next(nearest_heads(3, 2, 2)) == (2, 2)
+
+
+def test_groups_come_nearest_first_with_the_heads_nearest_to_their_share() -> None:
+    assert next(nearest_groups(1, 4, 2, 4)) == (1, 4)
+    assert next(nearest_groups(1, 2, 2, 4)) == (1, 2)
+    assert next(nearest_groups(2, 6, 2, 4)) == (2, 3)
 
 
 def test_places_and_ranges() -> None:
@@ -97,8 +98,8 @@ def test_an_alias_gives_way_to_the_name_of_the_field(tmp_path: Path) -> None:
     search = ConfigSearch(source, Run())
     document: dict[str, Any] = {**source.config, "hidden_size": 32}
     del document["n_embd"]
-    assert search._edited(document, {"n_embd": 16})["n_embd"] == 16
-    assert "hidden_size" not in search._edited(document, {"n_embd": 16})
+    assert search.edited(document, {"n_embd": 16})["n_embd"] == 16
+    assert "hidden_size" not in search.edited(document, {"n_embd": 16})
 
 
 def test_a_refusal_says_what_the_class_said(tmp_path: Path) -> None:
