@@ -97,8 +97,8 @@ def test_an_alias_gives_way_to_the_name_of_the_field(tmp_path: Path) -> None:
     search = ConfigSearch(source, Run())
     document: dict[str, Any] = {**source.config, "hidden_size": 32}
     del document["n_embd"]
-    assert search._edited(document, {"n_embd": 16})["n_embd"] == 16
-    assert "hidden_size" not in search._edited(document, {"n_embd": 16})
+    assert search.edited(document, {"n_embd": 16})["n_embd"] == 16
+    assert "hidden_size" not in search.edited(document, {"n_embd": 16})
 
 
 def test_a_refusal_says_what_the_class_said(tmp_path: Path) -> None:
