@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from compress.core.errors import ModelError
@@ -110,6 +110,8 @@ def test_within_the_range_the_error_is_at_most_half_a_step(weight: torch.Tensor,
 def test_quantizing_a_dequantized_matrix_changes_nothing(
     weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype
 ) -> None:
+    # Up to 255 steps from zero do not have a value each in bfloat16, whose significand has 8 bits.
+    assume(dtype != torch.bfloat16 or scheme.symmetric or scheme.bits < 8)
     ours = round_to_nearest(weight, scheme, dtype)
     again = quantize(ours.dequantize(), ours.scale, ours.zero, scheme)
     assert torch.equal(again, ours.q)
