@@ -36,7 +36,7 @@ def test_one_of_several_facts_is_enough_and_none_of_them_is_too_little(model: Pa
     )
     with pytest.raises(PlanError, match=words):
         engine.plan(recipe(model, {"use": "export.gguf"}, distilling), tmp_path / "out")
-    with pytest.raises(PlanError, match="step 2 .* needs training text"):
+    with pytest.raises(PlanError, match=r"step 2 .* needs training text"):
         engine.plan(recipe(model, RTN, {"use": "export.gptq"}, distilling), tmp_path / "out")
 
 
