@@ -83,7 +83,7 @@ SUBJECTS: Final = {
         str(SHARED / "data/gutenberg_train.txt.gz"),
         str(SHARED / "data/gutenberg_valid.txt.gz"),
         256,
-        131_072,
+        98_304,
     ),
 }
 RTN: Final = {"use": "quantize.rtn", "bits": BITS, "group_size": "channel"}
@@ -160,7 +160,7 @@ def measure(name: str, arms: list[str], tokens: int | None) -> None:
     results = [Result("float", whole)]
     rounded: dict[str, float] = {}
     for arm in ARMS:
-        if arms and not any(part in arm.name for part in arms):
+        if arms and not any(arm.name.startswith(part) for part in arms):
             continue
         with tempfile.TemporaryDirectory() as folder:
             final, told, seconds = run(arm, subject, budget, Path(folder))
@@ -219,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--subject", choices=sorted(SUBJECTS))
     parser.add_argument(
-        "--arm", action="append", default=[], help="part of the name of an arm; several may be given"
+        "--arm", action="append", default=[], help="beginning of the name of an arm; several may be given"
     )
     parser.add_argument("--tokens", type=int)
     arguments = parser.parse_args()

@@ -38,5 +38,5 @@ class Lora(Imitator, AdapterOptions):
     )
     examples: ClassVar[tuple[str, ...]] = (
         "--teacher TEACHER --train TEXT --tokens 5_000_000 --learning-rate 1e-3",
-        "--teacher TEACHER --train TEXT --rank 64 --targets '*.q_proj' '*.v_proj' --result adapter",
+        "--teacher TEACHER --train TEXT --rank 64 --target '*.q_proj' --target '*.v_proj' --result adapter",
     )

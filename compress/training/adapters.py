@@ -157,7 +157,7 @@ def _targets(model: Any, method: AdapterOptions, source: Artifact) -> list[str]:
         if method.rank > least:
             raise PlanError(
                 f"adapters of rank {method.rank} are no smaller than {name}, which has {least}",
-                f"give --rank {max(1, least // 4)}, or leave the layer out (--targets)",
+                f"give --rank {max(1, least // 4)}, or leave the layer out (--target)",
             )
     return found
 

@@ -29,6 +29,17 @@ def test_a_chain_that_cannot_work_is_refused_before_anything_is_written(model: P
     assert listing(tmp_path) == []
 
 
+def test_one_of_several_facts_is_enough_and_none_of_them_is_too_little(model: Path, tmp_path: Path) -> None:
+    distilling = {"use": "distill.logits", "teacher": str(model)}
+    words = (
+        r"step 1 \(distill.logits\) needs a GPTQ checkpoint or a transformers model folder, which export.gguf"
+    )
+    with pytest.raises(PlanError, match=words):
+        engine.plan(recipe(model, {"use": "export.gguf"}, distilling), tmp_path / "out")
+    with pytest.raises(PlanError, match=r"step 2 .* needs training text"):
+        engine.plan(recipe(model, RTN, {"use": "export.gptq"}, distilling), tmp_path / "out")
+
+
 def test_an_artifact_of_ours_cannot_be_quantized_again(model: Path, tmp_path: Path) -> None:
     engine.run(recipe(model, RTN), tmp_path / "out", single=True)
     with pytest.raises(PlanError, match="needs float weights"):

@@ -169,7 +169,7 @@ def test_the_gradient_across_is_that_of_the_loss_written_out(
         loss = 0.5 * forward + backward + 0.5 * truth
     loss.backward()
     assert losses.positions == count
-    assert losses.means()["loss"] == pytest.approx(float(loss), rel=1e-4)
+    assert losses.means()["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
     for name, weight in student.named_parameters():
         torch.testing.assert_close(found[name], weight.grad, rtol=2e-3, atol=1e-5)
     assert made.judge(window).means() == pytest.approx(losses.means(), rel=1e-5)
@@ -242,14 +242,15 @@ def test_a_padded_table_teaches_what_its_tokenizer_can_say(place: Path, tmp_path
 def test_another_tokenizer_teaches_where_it_is_asked_to(place: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="the tokenizers differ"):
         distilled(place, "foreign", tmp_path / "out")
-    told = distilled(place, "foreign", tmp_path / "out", vocabulary="aligned")
+    told = distilled(place, "foreign", tmp_path / "out", vocabulary="aligned", tokens=2560)
     found = told["validation"]
-    assert found["best"]["loss"] < 0.7 * found["before"]["loss"]
+    assert found["best"]["loss"] < 0.8 * found["before"]["loss"]
     told = distilled(
         place,
         "foreign",
         tmp_path / "uld",
         vocabulary="uld",
+        tokens=1280,
         loss={"total_variation": 3.0, "cross_entropy": 1.0},
     )
     assert told["validation"]["best"]["loss"] < told["validation"]["before"]["loss"]
