@@ -110,6 +110,10 @@ class ConfigSearch:
         for width in widths:
             named = [{name: width} for name in self._holding(width) if name != HEAD_WIDTH]
             said += [{HEAD_WIDTH: width}, *named]
+        # Heads that could not be told apart part the hidden size all the same, as often as some field says.
+        counts = {value for value in self._fields.values() if type(value) is int and 1 < value < old}
+        derived_widths = sorted({old // count for count in counts if old % count == 0} - set(widths))
+        said += [{HEAD_WIDTH: width} for width in derived_widths]
         unset = [name for name, value in self._fields.items() if value is None]
         also = list(self._heads(*heads)) if heads is not None else [{}]
         found = self._first(document, _together(said, also, sizes), fits)
