@@ -12,9 +12,10 @@ never stored: for a vocabulary of 150,000 a million tokens of them would be 600 
 
 What is trained is all float weights, in float32, without dropout; they are saved in the precision that they
 had. Zeros that pruning left in a matrix stay zero (`zeros`). Windows of the text hold documents one after
-the other with an end of text between, and no padding. The best weights on the validation text are kept, and
-a run that was killed goes on from its last checkpoint to the same bytes, on the same kind of device with the
-same number of threads. `compress.training.csv` in the result has one row a step.
+the other with an end of text between, joined or apart (`documents`), and no padding. The best weights on
+the validation text are kept, and a run that was killed goes on from its last checkpoint to the same bytes, on
+the same kind of device with the same number of threads. `compress.training.csv` in the result has one row a
+step. Several processes share the windows of a step: `torchrun --nproc-per-node 2 -m compress distill ...`.
 """
 
 from pathlib import Path
@@ -143,7 +144,8 @@ def _drawn(method: Logits, source: "Artifact", run: "Run", vocabulary: int) -> "
     if run.training is None:
         raise PlanError("the method needs training text", "give --train TEXT or data.train")
     words = None
-    if training.needs_tokenizer(run.training):
+    apart = method.documents == "apart"
+    if apart or training.needs_tokenizer(run.training):
         words = tokenizer(source, trust_remote_code=run.trust_remote_code)
     return training.draw(
         run.training,
@@ -153,6 +155,7 @@ def _drawn(method: Logits, source: "Artifact", run: "Run", vocabulary: int) -> "
         windows=method.steps * method.batch * method.accumulation,
         held_out=method.evaluation_windows,
         length=method.window,
+        apart=apart,
     )
 
 
@@ -167,6 +170,7 @@ def _objective(
     from compress.runtimes.torch_eager import load_model
     from compress.training.head import halves
     from compress.training.imitation import Distributions
+    from compress.training.packing import Packing
     from compress.training.precision import autocast
     from compress.training.prediction import chunk_of
 
@@ -174,8 +178,11 @@ def _objective(
     model, _ = load_model(teacher, TextGeneration(), placement)
     device = torch.device(run.device)
     probe = text.held_out[:1, :8].to(device)
+    packing = Packing(text.end)
+    for each in (student, model):
+        packing.check(each, probe)
     with autocast(arithmetic, device):
-        parts = halves(student, probe), halves(model.requires_grad_(False), probe)
+        parts = [halves(each, probe, packing.batch) for each in (student, model.requires_grad_(False))]
     chunk = method.chunk
     if chunk == "auto":
         chunk = chunk_of(student.get_input_embeddings().weight.shape[0], run.device)
@@ -185,6 +192,7 @@ def _objective(
         share=method.cross_entropy,
         chunk=chunk,
         arithmetic=arithmetic,
+        packing=packing,
     )
 
 

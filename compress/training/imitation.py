@@ -12,6 +12,7 @@ import torch
 from compress.numerics.divergence import Imitation, imitation
 from compress.training.head import Halves
 from compress.training.objective import Losses, Objective
+from compress.training.packing import JOINED, Packing
 from compress.training.precision import Arithmetic, autocast
 
 
@@ -25,6 +26,7 @@ class Distributions(Objective):
         share: of the cross-entropy on the text.
         chunk: positions whose logits are computed at once.
         arithmetic: of the passes.
+        packing: how documents share a window; nothing is predicted across their borders.
     """
 
     names: ClassVar[tuple[str, ...]] = ("loss", "divergence", "cross_entropy")
@@ -38,6 +40,7 @@ class Distributions(Objective):
         share: float,
         chunk: int,
         arithmetic: Arithmetic,
+        packing: Packing = JOINED,
     ) -> None:
         self._student = student
         self._teacher = teacher
@@ -45,6 +48,7 @@ class Distributions(Objective):
         self._share = share
         self._chunk = chunk
         self._arithmetic = arithmetic
+        self._packing = packing
 
     def learn(self, windows: torch.Tensor, positions: int) -> Losses:
         """See `Objective.learn`."""
@@ -55,8 +59,8 @@ class Distributions(Objective):
             flat, targets = body.detach()[:, :-1].flatten(0, 1), windows[:, 1:].flatten()
             wishes = torch.zeros_like(flat)
             losses = self._nothing(windows)
-            for rows in self._chunks(len(targets)):
-                states = flat[rows].clone().requires_grad_()
+            for rows in self._chunks(windows):
+                states = flat[rows].requires_grad_()
                 logits = self._student.logits(states)
                 found = imitation(
                     logits,
@@ -82,7 +86,7 @@ class Distributions(Objective):
             flat = self._student.states(windows)[:, :-1].flatten(0, 1)
             targets = windows[:, 1:].flatten()
             losses = self._nothing(windows)
-            for rows in self._chunks(len(targets)):
+            for rows in self._chunks(windows):
                 logits = self._student.logits(flat[rows])
                 found = imitation(logits, self._logits_of_teacher(wanted[rows]), targets[rows])
                 losses = losses.plus(self._sums(found))
@@ -96,8 +100,9 @@ class Distributions(Objective):
     def _logits_of_teacher(self, states: torch.Tensor) -> torch.Tensor:
         return self._teacher.logits(states)
 
-    def _chunks(self, count: int) -> list[slice]:
-        return [slice(at, min(at + self._chunk, count)) for at in range(0, count, self._chunk)]
+    def _chunks(self, windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Numbers of the predicted positions, of all ``batch * (length - 1)``, so many at a time."""
+        return self._packing.rows(windows).split(self._chunk)
 
     def _sums(self, found: Imitation) -> Losses:
         divergence = found.divergence.sum(dtype=torch.float64)

@@ -347,3 +347,26 @@ def test_a_student_that_gets_no_better_stays_as_it_was(place: Path, tmp_path: Pa
     assert lineage.steps[0].decisions["kept_step"] == 0
     before, after = (load_file(path / "model.safetensors") for path in (place / "student", tmp_path / "out"))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_documents_are_kept_apart_and_blocks_computed_again(place: Path, tmp_path: Path) -> None:
+    losses = {}
+    for name, options in {
+        "joined": {},
+        "apart": {"documents": "apart"},
+        "again": {"documents": "apart", "activations": "recompute"},
+    }.items():
+        engine.run(recipe(place, **options), tmp_path / name, single=True)
+        losses[name] = (tmp_path / name / TRAINING_FILE).read_bytes()
+    assert losses["joined"] != losses["apart"]
+    assert losses["again"] == losses["apart"], "the same, computed twice"
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "apart" / name).read_bytes()
+
+
+def test_patience_is_told_and_the_best_is_kept(place: Path, tmp_path: Path) -> None:
+    harm = recipe(place, learning_rate=50.0, warmup=0.0, evaluate_every=1, clip=0, patience=2)
+    recorder = Recorder()
+    engine.run(harm, tmp_path / "out", single=True, reporter=recorder)
+    assert any("stopped after step 2 of 20" in message for message in recorder.messages)
+    assert lineage_of(tmp_path / "out").steps[0].decisions["tokens"] == 2 * 64
