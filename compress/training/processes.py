@@ -110,7 +110,7 @@ class Processes:
     """
 
     def __init__(self) -> None:
-        together = distributed.is_initialized()
+        together = distributed.is_available() and distributed.is_initialized()
         self.rank = distributed.get_rank() if together else 0
         self.count = distributed.get_world_size() if together else 1
 

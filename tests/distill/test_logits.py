@@ -350,13 +350,17 @@ def test_a_student_that_gets_no_better_stays_as_it_was(place: Path, tmp_path: Pa
 
 
 def test_documents_are_kept_apart_and_blocks_computed_again(place: Path, tmp_path: Path) -> None:
+    text = (place / "text.txt").read_text()
+    file = tmp_path / "documents.txt"
+    file.write_text("<|endoftext|>".join(text[at : at + 9] for at in range(0, len(text), 9)))
     losses = {}
     for name, options in {
         "joined": {},
         "apart": {"documents": "apart"},
         "again": {"documents": "apart", "activations": "recompute"},
     }.items():
-        engine.run(recipe(place, **options), tmp_path / name, single=True)
+        made = recipe(place, data={"train": str(file)}, **options)
+        engine.run(made, tmp_path / name, single=True)
         losses[name] = (tmp_path / name / TRAINING_FILE).read_bytes()
     assert losses["joined"] != losses["apart"]
     assert losses["again"] == losses["apart"], "the same, computed twice"
