@@ -82,12 +82,12 @@ def command(words: list[str], log: Path, kill: tuple[int, int] = (-1, 0)) -> Non
 
         step = Loop._step
 
-        def dying(self: Loop, number: int, rate: float) -> Any:
+        def dying(self: Loop, number: int, rate: float) -> tuple[dict[str, float], float]:
             if number + 1 == kill[1]:
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(self, number, rate)
 
-        Loop._step = dying  # type: ignore[method-assign]
+        Loop._step = dying  # type: ignore[method-assign, assignment]
     kill_at.run(words, log.with_name(f"{log.name}.{rank}.jsonl"))
 
 

@@ -130,7 +130,7 @@ class Team:
 
     @contextlib.contextmanager
     def _joined(self, run: Run) -> Iterator[None]:
-        from torch.distributed import PrefixStore
+        from torch.distributed.distributed_c10d import PrefixStore
 
         from compress.training.processes import joined
 

@@ -102,7 +102,8 @@ class Distributions(Objective):
 
     def _chunks(self, windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Numbers of the predicted positions, of all ``batch * (length - 1)``, so many at a time."""
-        return self._packing.rows(windows).split(self._chunk)
+        chunks: tuple[torch.Tensor, ...] = self._packing.rows(windows).split(self._chunk)
+        return chunks
 
     def _sums(self, found: Imitation) -> Losses:
         divergence = found.divergence.sum(dtype=torch.float64)

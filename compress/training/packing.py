@@ -87,7 +87,8 @@ class Packing:
         first[:, -1] = other[:, -1] = self.end
 
         def said(packing: Packing, *parts: torch.Tensor) -> torch.Tensor:
-            logits = model(**packing.batch(torch.cat(parts, dim=1)), use_cache=False).logits
+            batch = packing.batch(torch.cat(parts, dim=1))
+            logits: torch.Tensor = model(**batch, use_cache=False).logits
             return logits[:, -last.shape[1] :].float()
 
         packed, alone = said(self, first, last), said(self, last)
