@@ -17,6 +17,7 @@ from typer.main import get_command
 from compress import __version__
 from compress.cli import analysis, commands, failures, from_pass, teaching
 from compress.core.errors import UsageError, did_you_mean
+from compress.core.launch import require_alone
 from compress.core.passes import FAMILIES, names, own_names
 
 if TYPE_CHECKING:
@@ -146,6 +147,8 @@ def _root(
     ] = False,
 ) -> None:
     _help_without_words(ctx)
+    if ctx.invoked_subcommand not in (*FAMILIES, "run"):
+        require_alone(f"compress {ctx.invoked_subcommand}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from compress.cli import conversion, from_pass
 from compress.cli.flags import FlagCommand, model_flags, part, with_flags
 from compress.cli.start import (
     DATA_FIELDS,
+    LOG_FIELDS,
     RUN_FIELDS,
     RUN_FLAGS,
     TRAINING_FIELDS,
@@ -91,7 +92,7 @@ def run(
     """
     flags = {
         **({} if model is None else {"model": model}),
-        **part(given, RUN_FIELDS),
+        **part(given, (*RUN_FIELDS, *LOG_FIELDS)),
         **{f"data.{name}": value for name, value in part(given, (*DATA_FIELDS, *TRAINING_FIELDS)).items()},
     }
     # A value in JSON is a value in YAML.

@@ -9,6 +9,7 @@ import typer
 from compress.cli.flags import FlagCommand, model_flags, part, spelling, with_flags
 from compress.cli.start import (
     DATA_FIELDS,
+    LOG_FIELDS,
     RUN_FIELDS,
     RUN_FLAGS,
     TRAINING_FIELDS,
@@ -86,7 +87,7 @@ def recipe_of(name: str, model: str, given: Mapping[str, Any]) -> Recipe:
             "model": model,
             "data": part(given, (*DATA_FIELDS, *TRAINING_FIELDS)),
             "steps": [{"use": name, **options}],
-            **part(given, RUN_FIELDS),
+            **part(given, (*RUN_FIELDS, *LOG_FIELDS)),
         },
         source="command",
     )
@@ -135,6 +136,10 @@ def epilog(name: str, method: type[Pass]) -> str:
         lines += [
             f"  compress {family} {short} MODEL --out DIR {flags}".rstrip() for flags in method.examples
         ]
+        lines.append("")
+    if issubclass(method, Trainer):
+        lines.append("Several GPUs or processes:")
+        lines.append(f"  torchrun --nproc-per-node N -m compress {family} {short} MODEL --out DIR ...")
         lines.append("")
     lines.append(f"Recipe:  use: {name}")
     if method.paper is not None:

@@ -15,6 +15,7 @@ from compress.cli.render import reporter_for
 from compress.cli.tables import measured_document, plan_text, result_text
 from compress.core.errors import UsageError
 from compress.core.events import Reporter
+from compress.core.launch import launch
 from compress.core.recipe import Data, Recipe
 
 RUN_FIELDS = ("task", "seed", "device", "threads", "trust_remote_code")
@@ -23,7 +24,12 @@ DATA_FIELDS = ("calibration", "samples", "sequence_length", "batch_size")
 """Fields of `Data` that every such command offers."""
 TRAINING_FIELDS = ("train", "validation")
 """Fields of `Data` that commands offer which may train."""
-TRAINING_FLAGS = tuple(model_flags(Data, "Training", TRAINING_FIELDS))
+LOG_FIELDS = ("log",)
+"""Fields of `Recipe` that every such command offers."""
+TRAINING_FLAGS = (
+    *model_flags(Data, "Training", TRAINING_FIELDS),
+    *model_flags(Recipe, "Training", LOG_FIELDS),
+)
 RUN_FLAGS = (*model_flags(Data, "Calibration", DATA_FIELDS), *model_flags(Recipe, "Run", RUN_FIELDS))
 
 
@@ -73,6 +79,9 @@ def start(recipe: Recipe, out: Path | None, choice: RunChoice, output: Output, *
         output: how to speak of it.
         single: the folder is the artifact of the only step; otherwise it holds one folder a step.
     """
+    here = launch()
+    if not here.leads and (choice.print_recipe or choice.plan):
+        return 0
     if choice.print_recipe:
         typer.echo(recipe.dump(), nl=False)
         return 0
@@ -83,12 +92,14 @@ def start(recipe: Recipe, out: Path | None, choice: RunChoice, output: Output, *
         )
     from compress import engine
 
-    plan = engine.plan(recipe, out, reporter=output.reporter(), fresh=choice.fresh, single=single)
     if choice.plan:
+        plan = engine.plan(recipe, out, reporter=output.reporter(), fresh=choice.fresh, single=single)
         rows = plan.describe()
         output.say(plan_text(rows), {"event": "plan", "steps": rows})
         return 0
-    result = engine.execute(plan)
+    result = engine.run(recipe, out, reporter=output.reporter(), fresh=choice.fresh, single=single)
+    if not here.leads:
+        return result.exit_code
     document = {
         "event": "result",
         "final": str(result.final),

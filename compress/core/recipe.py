@@ -24,6 +24,7 @@ from compress.core.bench import Bench
 from compress.core.errors import CompressError, UsageError, did_you_mean
 from compress.core.gate import Arms, Gate
 from compress.core.passes import Pass, build, find, invalid, name_of, names
+from compress.core.run import LogService
 
 if TYPE_CHECKING:
     from yaml.nodes import Node
@@ -126,6 +127,11 @@ class Recipe(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where blocks are computed")
     threads: PositiveInt | None = Field(
         default=None, description="threads of the arithmetic; none takes all cores. Part of a step's identity"
+    )
+    log: LogService | None = Field(
+        default=None,
+        description="where the progress of training is shown beside its table: `tensorboard` writes to the "
+        "folder DIR.tensorboard, `mlflow` to where its own environment variables say",
     )
     keep: Literal["all", "last"] = Field(
         default="all", description="keep the artifact of every step, or of the last alone"

@@ -9,6 +9,7 @@ from typing import Literal
 from compress.core.events import SILENT, Reporter
 
 Device = Literal["cpu", "cuda"]
+LogService = Literal["tensorboard", "mlflow"]
 
 RESUMABLE = "resumable"
 """An empty file of this name in `Run.scratch` says that there is progress to resume from.
@@ -61,6 +62,8 @@ class Run:
         calibration: the calibration data, or none.
         training: the training text, or none.
         models: folders of the other models that the method reads (a teacher), by the option that names them.
+        log: where the progress of a training is shown beside its table, or nowhere.
+        log_folder: of this step, for what such a log leaves behind; no part of the result.
         scratch: a folder for progress that outlives a crash but is no part of the result.
         trust_remote_code: whether code inside the model folder may run.
         reporter: who is told what happens.
@@ -73,6 +76,8 @@ class Run:
     calibration: CalibrationSource | None = None
     training: TrainingSource | None = None
     models: Mapping[str, Path] = field(default_factory=dict)
+    log: LogService | None = None
+    log_folder: Path = Path(".")
     scratch: Path = Path(".")
     trust_remote_code: bool = False
     reporter: Reporter = SILENT

@@ -1,14 +1,13 @@
 """Training tokens: windows of equal length from a text, and windows of a text that is not trained on.
 
 Windows are cut from one stream of documents with the tokenizer's end-of-text token between them, as
-calibration windows are (`compress.data.calibration`). A window may hold parts of two documents, and the
-second sees the first. Keeping them apart would need a mask by blocks in every architecture, which some
-cannot be told (their positions are counted from the attention mask); a teacher sees the same window as its
-student, so that what it says of the second document is an honest target all the same. Nothing is padded:
-every token that is paid for is learned from.
+calibration windows are (`compress.data.calibration`). A window may hold parts of two documents. Joined, the
+second sees the first; a teacher sees the same window as its student, so that what it says of the second
+document is an honest target all the same. Apart, each is read for itself (`compress.training.packing`), which
+some architectures cannot be told. Nothing is padded: every token that is paid for is learned from.
 
-A tokenizer that opens every text with a token for its beginning puts it at the start of every window: a
-model trained with it (Gemma) predicts badly without.
+A tokenizer that opens every text with a token for its beginning puts it at the start of every window, and
+before each document that is kept apart: a model trained with it (Gemma) predicts badly without.
 
 A ``.safetensors`` file with an integer tensor ``input_ids`` [windows, length] is taken as it is.
 """
@@ -40,11 +39,13 @@ class TrainingText:
             shorter.
         held_out: int64 ``[windows, length]``, never trained on.
         description: for reports.
+        end: the token after which another document begins, where documents are kept apart.
     """
 
     windows: torch.Tensor
     held_out: torch.Tensor
     description: str
+    end: int | None = None
 
 
 def needs_tokenizer(source: TrainingSource) -> bool:
@@ -86,6 +87,7 @@ def draw(
     windows: int,
     held_out: int,
     length: int,
+    apart: bool = False,
 ) -> TrainingText:
     """Draw windows to train on and windows to validate on.
 
@@ -101,16 +103,24 @@ def draw(
         windows: how many to train on, at most.
         held_out: how many to validate on, at most.
         length: tokens in a window.
+        apart: whether the documents of a window are kept apart, for which the tokenizer must be there.
 
     Raises:
-        DataError: missing, binary, too short for one window of each kind, or tokens that the model does
-            not know.
+        DataError: missing, binary, too short for one window of each kind, tokens that the model does
+            not know, or a tokenizer that does not part documents.
         UsageError: numbers that make no window.
         EnvironmentFault: a text may not be read or cannot be reached.
     """
     if min(windows, held_out, length) < 1:
         raise UsageError(
             f"{windows} windows and {held_out} held out, of {length} tokens: all must be 1 or more"
+        )
+    end = tokenizer.eos_token_id if tokenizer is not None else None
+    if apart and end is None:
+        raise DataError(
+            "documents cannot be kept apart without a token that ends a text, and the model folder has "
+            + ("no tokenizer" if tokenizer is None else "a tokenizer without one"),
+            "give the tokenizer an eos_token, or leave `documents` at joined",
         )
     training, validation = _texts(source)
     if validation is not None:
@@ -127,11 +137,14 @@ def draw(
         kept = min(held_out, max(1, int(len(both) * HELD_OUT_SHARE)))
         judged, trained = both[:kept], both[kept : kept + windows]
         name = "held out of it"
+    if apart and end is not None and tokenizer is not None and needs_tokenizer(source):
+        trained, judged = (_reopened(each, end, _opening(tokenizer)) for each in (trained, judged))
     return TrainingText(
         trained.contiguous(),
         judged.contiguous(),
-        f"{corpora.short_name(training)}: {len(trained):,} windows of {length} tokens; "
-        f"validation on {len(judged):,}, {name}",
+        f"{corpora.short_name(training)}: {len(trained):,} windows of {length} tokens"
+        f"{', documents apart' if apart else ''}; validation on {len(judged):,}, {name}",
+        end if apart else None,
     )
 
 
@@ -185,6 +198,20 @@ def _opening(tokenizer: calibration.Tokenizer) -> list[int]:
     framed = tokenizer.encode("a", add_special_tokens=True)
     starts = [at for at in range(len(framed)) if framed[at : at + len(bare)] == bare]
     return framed[: starts[0]] if starts else []
+
+
+def _reopened(windows: torch.Tensor, end: int, opening: list[int]) -> torch.Tensor:
+    """The windows with the opening before each document that begins inside; what then sticks out is cut."""
+    if not opening:
+        return windows
+    length = windows.shape[1]
+    rows = []
+    for window in windows.tolist():
+        row = window[: len(opening)]
+        for token in window[len(opening) :]:
+            row += [token, *opening] if token == end else [token]
+        rows.append(row[:length])
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 def _longer_than(text: str, characters: int) -> bool:

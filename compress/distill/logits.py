@@ -33,9 +33,10 @@ same format, bits and groups. Its `scales` can be trained too; `origin` starts f
 
 What is trained is all float weights, in float32, without dropout; they are saved in the precision that they
 had. Zeros that pruning left in a matrix stay zero (`zeros`). Windows of the text hold documents one after
-the other with an end of text between, and no padding. The best weights on the validation text are kept, and
-a run that was killed goes on from its last checkpoint to the same bytes, on the same kind of device with the
-same number of threads. `compress.training.csv` in the result has one row a step.
+the other with an end of text between, joined or apart (`documents`), and no padding. The best weights on
+the validation text are kept, and a run that was killed goes on from its last checkpoint to the same bytes, on
+the same kind of device with the same number of threads. `compress.training.csv` in the result has one row a
+step. Several processes share the windows of a step: `torchrun --nproc-per-node 2 -m compress distill ...`.
 """
 
 from typing import ClassVar, final

@@ -13,8 +13,9 @@ tokens. Worth it for models that write long answers; to win back what pruning to
 written before, so that it cannot be cached.
 
 All else is as there: float32 weights without dropout, zeros of pruning kept, the best weights on the
-validation text, a table with one row a step, and going on after a crash to the same bytes: the state of the
-random draws is part of a checkpoint.
+validation text, a table with one row a step, and going on after a crash to the same bytes: what is drawn in a
+step depends on the seed and the step alone. Several processes share a step too, and each draws for itself.
+Where documents are kept apart (`documents`), the student goes on with the last one of its prompt.
 """
 
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from compress.training.head import Halves
     from compress.training.imitation import Teacher
     from compress.training.objective import Objective
+    from compress.training.packing import Packing
     from compress.training.precision import Arithmetic
 
 
@@ -91,14 +93,22 @@ class OnPolicy(Distiller):
         return None
 
     def objective(
-        self, model: Any, student: "Halves", teacher: "Teacher", chunk: int, arithmetic: "Arithmetic"
+        self,
+        model: Any,
+        student: "Halves",
+        teacher: "Teacher",
+        chunk: int,
+        arithmetic: "Arithmetic",
+        packing: "Packing",
     ) -> "Objective":
         """See `Distiller.objective`."""
         from compress.training.imitation import Distributions
         from compress.training.on_policy import OnPolicy as Sampled
 
         criterion = Criterion({"jensen_shannon": 1.0}, self.beta)
-        imitation = Distributions(student, teacher, criterion=criterion, chunk=chunk, arithmetic=arithmetic)
+        imitation = Distributions(
+            student, teacher, criterion=criterion, chunk=chunk, arithmetic=arithmetic, packing=packing
+        )
         return Sampled(
             model,
             imitation,
@@ -107,4 +117,5 @@ class OnPolicy(Distiller):
             prompt=self.prompt_tokens,
             length=self.max_new_tokens,
             arithmetic=arithmetic,
+            packing=packing,
         )

@@ -10,19 +10,22 @@ import socket
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from compress.core.artifact import RUN_FILE, Artifact, Lineage, StepRecord, digest_of
-from compress.core.errors import EnvironmentFault
+from compress.core.errors import CompressError, EnvironmentFault
 from compress.core.events import SILENT, Reporter
 from compress.core.identity import code_digest, libraries, step_key
+from compress.core.launch import launch, require_alone
 from compress.core.passes import find
 from compress.core.recipe import Recipe
 from compress.core.run import RESUMABLE, Run
-from compress.engine.planning import PLAN_FILE, Plan, PlannedStep, plan
+from compress.engine.planning import PLAN_FILE, Plan, PlannedStep, alone, plan
 from compress.engine.steps import finished, identified, intermediates, step_circumstances, step_run
+from compress.engine.team import Team, check
+from compress.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ def execute(planned: Plan) -> RunResult:
     """
     import torch
 
+    if planned.apply is alone:
+        require_alone("compress.engine.execute")
     torch.set_num_threads(planned.run.threads)
     reporter = planned.reporter
     with planned.folder.lock():
@@ -89,17 +94,41 @@ def run(
 ) -> RunResult:
     """Plan and execute a recipe.
 
+    Under a launcher of several processes the first of them does so, and speaks; the others help it train,
+    and return when it is done, with what it left behind and without the results of a benchmark.
+
     Args:
         recipe: a recipe, its plain data, or the path of a YAML file.
 
     Raises:
-        CompressError: of the kind that fits.
+        CompressError: of the kind that fits. What goes wrong in the first process alone is raised there;
+            in the others it is an exit code.
     """
     if isinstance(recipe, str | Path):
         recipe = Recipe.load(Path(recipe))
     elif not isinstance(recipe, Recipe):
         recipe = Recipe.of(recipe)
-    return execute(plan(recipe, out, reporter=reporter, fresh=fresh, single=single))
+    here = launch()
+    if here.count == 1:
+        return execute(plan(recipe, out, reporter=reporter, fresh=fresh, single=single))
+    check(recipe)
+    team = Team(here)
+    if not here.leads:
+        said = team.help()
+        artifacts = [Path(path) for path in said["artifacts"]]
+        return RunResult(artifacts, Path(said["final"]), None, said["exit_code"], said["did_nothing"])
+    said = {"artifacts": [], "final": "", "exit_code": CompressError.exit_code, "did_nothing": False}
+    try:
+        planned = plan(recipe, out, reporter=reporter, fresh=fresh, single=single)
+        result = execute(replace(planned, apply=team.apply))
+        said |= {"artifacts": [str(path) for path in result.artifacts], "final": str(result.final)}
+        said |= {"exit_code": result.exit_code, "did_nothing": result.did_nothing}
+    except CompressError as error:
+        said["exit_code"] = error.exit_code
+        raise
+    finally:
+        team.release(said)
+    return result
 
 
 def _step(planned: Plan, step: PlannedStep, source: Artifact) -> Artifact:
@@ -110,6 +139,7 @@ def _step(planned: Plan, step: PlannedStep, source: Artifact) -> Artifact:
         # An intermediate that was dropped is not needed: the step after it is done too.
         return present or source
     run_ = step_run(step.method, planned.source, planned.run, step.target.progress)
+    run_ = replace(run_, log_folder=_log_folder(planned, step))
     circumstances = step_circumstances(step.method, planned.source, run_)
     key = step_key(source.digest, identified(step.method, run_), circumstances)
     if (present := finished(step.target, key)) is not None and not planned.fresh:
@@ -129,6 +159,12 @@ def _step(planned: Plan, step: PlannedStep, source: Artifact) -> Artifact:
                 shutil.rmtree(step.target.partial)
             raise
     return Artifact.open(step.target.path)
+
+
+def _log_folder(planned: Plan, step: PlannedStep) -> Path:
+    """Beside the folder of the run: it is written before the result is there, and is no part of it."""
+    path = planned.folder.path
+    return path.with_name(f"{path.name}.{planned.run.log}") / step.target.path.name
 
 
 def _resumable(progress: Path) -> bool:
@@ -153,10 +189,14 @@ def _make(
     reporter = planned.reporter
     partial = step.target.partial
     try:
-        outcome = step.method.apply(source, partial, run_)
+        outcome = planned.apply(step.method, source, partial, run_)
         digest = digest_of(partial)
         options = identified(step.method, run_).model_dump(mode="json")
-        record = StepRecord(step.use, options, key, digest, dict(circumstances), outcome.decisions)
+        around = dict(circumstances)
+        if isinstance(step.method, Trainer) and (processes := launch().count) > 1:
+            # Not part of the key: a training goes on in another number of them, and means the same.
+            around["processes"] = processes
+        record = StepRecord(step.use, options, key, digest, around, outcome.decisions)
         before = source.lineage.steps if source.lineage is not None else ()
         origin = source.lineage.source_digest if source.lineage is not None else source.digest
         lineage = Lineage(origin, (*before, record), outcome.tensors)

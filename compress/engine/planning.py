@@ -5,6 +5,7 @@ for what it needs, and compares that with the machine.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from compress.core.errors import EnvironmentFault, PlanError
 from compress.core.events import SILENT, Reporter
 from compress.core.facts import MEANING, Fact
 from compress.core.identity import step_key
-from compress.core.passes import Expanding, Needs, Pass, name_of
+from compress.core.passes import Expanding, Needs, Outcome, Pass, name_of
 from compress.core.recipe import Recipe, Step
 from compress.core.run import CalibrationSource, Device, Run, TrainingSource
 from compress.core.target import Target
@@ -23,6 +24,14 @@ from compress.training.trainer import Trainer
 
 PLAN_FILE = "compress.plan.json"
 RUNS_FOLDER = Path("runs")
+
+Apply = Callable[[Pass, Artifact, Path, Run], Outcome]
+"""How a pass is applied to a source, into a folder, under circumstances."""
+
+
+def alone(method: Pass, source: Artifact, target: Path, run: Run) -> Outcome:
+    """A pass applied by this process."""
+    return method.apply(source, target, run)
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,7 @@ class Plan:
         run: the circumstances that all steps share.
         reporter: who is told what happens.
         fresh: whether to start over.
+        apply: by whom passes are applied: by this process, or by all of a launcher.
     """
 
     recipe: Recipe
@@ -69,6 +79,7 @@ class Plan:
     run: Run
     reporter: Reporter
     fresh: bool
+    apply: Apply = alone
 
     @property
     def already_done(self) -> bool:
@@ -214,6 +225,7 @@ def _circumstances(recipe: Recipe, reporter: Reporter) -> Run:
         threads=recipe.threads or os.cpu_count() or 1,
         calibration=calibration,
         training=training,
+        log=recipe.log,
         trust_remote_code=recipe.trust_remote_code,
         reporter=reporter,
     )
@@ -255,12 +267,17 @@ def _check_texts(recipe: Recipe, source: Artifact, run: Run) -> None:
 def _check_training(recipe: Recipe, run: Run) -> None:
     """Refuse now what a step far down the recipe would refuse when it is its turn."""
     from compress.data import training
+    from compress.training.log import require
 
-    for index, step in enumerate(recipe.steps):
-        if isinstance(step.built(), Trainer) and run.training is None:
-            raise PlanError(
-                f"step {index} ({step.use}) needs training text", "give --train TEXT or data.train"
-            )
+    trains = [index for index, step in enumerate(recipe.steps) if isinstance(step.built(), Trainer)]
+    if trains and run.training is None:
+        raise PlanError(
+            f"step {trains[0]} ({recipe.steps[trains[0]].use}) needs training text",
+            "give --train TEXT or data.train",
+        )
+    if recipe.log is not None and not trains:
+        raise PlanError("the recipe has a log of training and no step that trains", "leave log out")
+    require(recipe.log)
     if run.training is not None:
         training.check(run.training)
     elif recipe.data.validation is not None:

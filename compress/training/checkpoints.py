@@ -1,4 +1,4 @@
-"""Checkpoints of a training: weights, moments, random state and history, from which it goes on exactly.
+"""Checkpoints of a training: weights, moments and history, from which it goes on exactly.
 
 A checkpoint is a folder that gets its name when it is complete; the one before goes away after that. So
 whenever a process is killed there is at most one step back to go, and never half a checkpoint. Everything
@@ -22,7 +22,6 @@ from compress.training.history import History
 
 _WEIGHTS = "weights.safetensors"
 _OPTIMISER = "optimiser.safetensors"
-_RANDOM = "random.safetensors"
 _STATE = "state.json"
 _HISTORY = "history.csv"
 
@@ -74,7 +73,6 @@ class Checkpoints:
         partial.mkdir(parents=True)
         self._write(partial / _WEIGHTS, dict(self._parameters))
         self._write(partial / _OPTIMISER, self._moments())
-        self._write(partial / _RANDOM, _random_state())
         (partial / _HISTORY).write_text(position.history.csv(), encoding="utf-8")
         state = {"step": position.step, "best": position.best}
         (partial / _STATE).write_text(json.dumps(state), encoding="utf-8")
@@ -94,7 +92,7 @@ class Checkpoints:
         event("checkpoint.finish", step=position.step)
 
     def restore(self, names: tuple[str, ...]) -> Position | None:
-        """Bring weights, moments and random state back; ``None`` where there is no checkpoint.
+        """Bring weights and moments back; ``None`` where there is no checkpoint.
 
         Args:
             names: of the losses in the history.
@@ -105,7 +103,6 @@ class Checkpoints:
         folder = found[-1]
         self._bring(folder / _WEIGHTS)
         self._restore_moments(load_file(folder / _OPTIMISER))
-        _restore_random_state(load_file(folder / _RANDOM))
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         return Position(state["step"], state["best"], History.read(folder / _HISTORY, names))
 
@@ -149,16 +146,3 @@ class Checkpoints:
             # The count of steps stays on the host, where AdamW itself puts it.
             device = value.device if key == "step" else parameter.device
             self._optimiser.state[parameter][key] = value.to(device)
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _restore_random_state(states: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

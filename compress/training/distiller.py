@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from compress.training.imitation import Teacher
     from compress.training.loop import Trained
     from compress.training.objective import Objective
+    from compress.training.packing import Packing
     from compress.training.precision import Arithmetic
 
 Comparison = Literal["same", "aligned", "uld"]
@@ -68,7 +69,13 @@ class Distiller(Trainer):
 
     @abstractmethod
     def objective(
-        self, model: Any, student: "Halves", teacher: "Teacher", chunk: int, arithmetic: "Arithmetic"
+        self,
+        model: Any,
+        student: "Halves",
+        teacher: "Teacher",
+        chunk: int,
+        arithmetic: "Arithmetic",
+        packing: "Packing",
     ) -> "Objective":
         """What is learned.
 
@@ -105,6 +112,7 @@ class Distiller(Trainer):
 
         from compress.core.artifact import TRAINING_FILE
         from compress.training.loop import Loop
+        from compress.training.packing import Packing
         from compress.training.precision import deterministic, resolved
         from compress.training.trainee import means_of, trainee_of
         from compress.training.vocabularies import restricted
@@ -119,7 +127,9 @@ class Distiller(Trainer):
             run.reporter.message(text.description)
             run.scratch.mkdir(parents=True, exist_ok=True)
             parts = restricted(_halves(student.model, text, run, arithmetic), sizes[0], count)
-            objective = self.objective(student.model, parts, teaching, self._chunk(sizes[0], run), arithmetic)
+            objective = self.objective(
+                student.model, parts, teaching, self._chunk(sizes[0], run), arithmetic, Packing(text.end)
+            )
             trained = Loop(student.model, objective, text, self, run).train()
         if trained.kept == 0:
             run.reporter.message(
@@ -208,14 +218,16 @@ class Distiller(Trainer):
             return cache.text(count, self.evaluation_windows), cache, {"teacher_cache": cache.facts}
         if run.training is None:
             raise PlanError("the method needs training text", "give --train TEXT or data.train")
+        apart = self.documents == "apart"
         text = training.draw(
             run.training,
-            _tokenizer(source, run),
+            _tokenizer(source, run, always=apart),
             run.seed,
             vocabulary,
             windows=count,
             held_out=self.evaluation_windows,
             length=self.window,
+            apart=apart,
         )
         # As the bench would bring it into memory.
         placement = Placement(run.device, arithmetic, run.trust_remote_code)
@@ -228,12 +240,12 @@ class Distiller(Trainer):
         return text, LiveTeacher(restricted(parts, rows, vocabulary)), {"compared_tokens": vocabulary}
 
 
-def _tokenizer(source: "Artifact", run: "Run") -> Any:
-    """The student's tokenizer, where the texts are text and not tokens."""
+def _tokenizer(source: "Artifact", run: "Run", *, always: bool = False) -> Any:
+    """The student's tokenizer, where the texts are text and not tokens, or it is needed all the same."""
     from compress.data import training
     from compress.models.load import tokenizer
 
-    if run.training is None or not training.needs_tokenizer(run.training):
+    if run.training is None or not (always or training.needs_tokenizer(run.training)):
         return None
     return tokenizer(source, trust_remote_code=run.trust_remote_code)
 
@@ -242,13 +254,16 @@ def _halves(model: Any, text: "TrainingText", run: "Run", arithmetic: "Arithmeti
     import torch
 
     from compress.training.head import halves
+    from compress.training.packing import Packing
     from compress.training.precision import autocast
 
     device = torch.device(run.device)
+    packing = Packing(text.end)
     # Another vocabulary may end earlier, and any token will do.
     probe = text.held_out[:1, :8].clamp(max=model.get_input_embeddings().weight.shape[0] - 1)
+    packing.check(model, probe.to(device))
     with autocast(arithmetic, device):
-        return halves(model, probe.to(device))
+        return halves(model, probe.to(device), packing.batch)
 
 
 def _tables(source: "Artifact", teacher: "Artifact", run: "Run") -> tuple[int, int]:

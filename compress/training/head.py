@@ -13,17 +13,21 @@ anything is trained; a model of which it is not true is run whole.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
 from torch import nn
 
-from compress.models.tasks import TextGeneration
+from compress.training.packing import JOINED
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Relative distance to the model's own logits, by arithmetic: what another shape of product may change."""
 _RAMP = 60.0
 """Logits beyond what models say, so that a cap is seen wherever it begins."""
+
+Batch = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+"""The arguments of a model's forward pass over tokens ``[batch, length]``."""
 
 
 class Halves(ABC):
@@ -42,20 +46,21 @@ class Halves(ABC):
         """Logits ``[positions, vocabulary]`` of states ``[positions, width]``."""
 
 
-def halves(model: Any, tokens: torch.Tensor) -> Halves:
+def halves(model: Any, tokens: torch.Tensor, batch: Batch = JOINED.batch) -> Halves:
     """Cut a model in two, or run it whole where a cut would not give its own logits.
 
     Args:
         model: a causal language model of transformers, on its device.
         tokens: int64 ``[1, length]``, on which the halves are held against the whole. It must run inside
             the same autocast as later.
+        batch: what the model is told of tokens (`compress.training.packing`).
     """
     with torch.no_grad():
-        whole = _Whole(model)
+        whole = _Whole(model, batch)
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Module):
             return whole
-        cut = _Cut(model, head)
+        cut = _Cut(model, head, batch)
         states = cut.recorded(tokens)
         own = whole.states(tokens)[0]
         if states is None or states.dim() != 3 or states.shape[:2] != tokens.shape:
@@ -81,11 +86,12 @@ def _coarse(model: Any, states: torch.Tensor) -> bool:
 class _Whole(Halves):
     """The model's own logits are the states."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, batch: Batch) -> None:
         self._model = model
+        self._batch = batch
 
     def states(self, tokens: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._model(**TextGeneration().batch(tokens), use_cache=False).logits
+        logits: torch.Tensor = self._model(**self._batch(tokens), use_cache=False).logits
         return logits
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -104,9 +110,10 @@ class _Cut(Halves):
         bare: whether the product of the head is the logits.
     """
 
-    def __init__(self, model: Any, head: nn.Module) -> None:
+    def __init__(self, model: Any, head: nn.Module, batch: Batch) -> None:
         self._model = model
         self._head = head
+        self._batch = batch
         self.bare = False
 
     def states(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -125,7 +132,7 @@ class _Cut(Halves):
 
         handle = self._head.register_forward_pre_hook(record)
         try:
-            self._model(**TextGeneration().batch(tokens), use_cache=False)
+            self._model(**self._batch(tokens), use_cache=False)
         except _Reached:
             return found[0] if found else None
         finally:
@@ -141,7 +148,7 @@ class _Cut(Halves):
         handle = self._head.register_forward_hook(lambda *_: product[None])
         try:
             one = torch.zeros(1, 1, dtype=torch.int64, device=product.device)
-            logits: torch.Tensor = self._model(**TextGeneration().batch(one), use_cache=False).logits
+            logits: torch.Tensor = self._model(**self._batch(one), use_cache=False).logits
         finally:
             handle.remove()
         return logits[0]

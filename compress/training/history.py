@@ -42,6 +42,10 @@ class History:
         row = self.rows[step]
         return {name: row[VALIDATION + name] for name in self.names if VALIDATION + name in row}
 
+    def evaluations_after(self, step: int) -> int:
+        """How often the model was judged after a step."""
+        return sum(bool(self.evaluation(later)) for later in range(step + 1, len(self.rows)))
+
     def csv(self) -> str:
         """The table as text. Numbers are spelled so that reading gives them back exactly."""
         columns = [*COLUMNS, *self.names, *(VALIDATION + name for name in self.names)]

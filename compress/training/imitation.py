@@ -17,6 +17,7 @@ from compress.numerics.criterion import Criterion, Term
 from compress.numerics.divergence import Imitation, imitation
 from compress.training.head import Halves
 from compress.training.objective import Losses, Objective
+from compress.training.packing import JOINED, Packing
 from compress.training.precision import Arithmetic, autocast
 
 _COLUMNS: dict[Term, str] = {"forward_kl": "divergence"}
@@ -75,6 +76,7 @@ class Distributions(Objective):
         criterion: the terms.
         chunk: positions whose logits are computed at once.
         arithmetic: of the passes.
+        packing: how documents share a window; nothing is predicted across their borders.
     """
 
     def __init__(
@@ -85,19 +87,25 @@ class Distributions(Objective):
         criterion: Criterion,
         chunk: int,
         arithmetic: Arithmetic,
+        packing: Packing = JOINED,
     ) -> None:
         self._student = student
         self._teacher = teacher
         self._criterion = criterion
         self._chunk = chunk
         self._arithmetic = arithmetic
+        self._packing = packing
         terms: list[Term] = ["forward_kl", "cross_entropy"]
         self._terms = [*terms, *(name for name in criterion.weights if name not in terms)]
         self.names = ("loss", *(_COLUMNS.get(name, name) for name in self._terms))
 
-    def positions(self, windows: torch.Tensor) -> int:
-        """Tokens that are predicted: all but the first of each window."""
-        return windows.shape[0] * (windows.shape[1] - 1)
+    def positions(self, windows: torch.Tensor, prompt: int = 1) -> int:
+        """Tokens that are predicted: all but the first of each document.
+
+        Args:
+            prompt: as in `learn_after`.
+        """
+        return self._packing.count(windows, prompt)
 
     def learn(self, windows: torch.Tensor, positions: float) -> Losses:
         """See `Objective.learn`."""
@@ -116,7 +124,7 @@ class Distributions(Objective):
             flat, targets = body.detach()[:, :-1].flatten(0, 1), windows[:, 1:].flatten()
             wishes = torch.zeros_like(flat)
             losses = self._nothing(windows)
-            for rows in self._chunks(windows, prompt):
+            for rows in self._packing.rows(windows, prompt).split(self._chunk):
                 states = flat[rows].requires_grad_()
                 logits = self._student.logits(states)
                 found = imitation(logits, lesson(rows), targets[rows], self._criterion, with_gradient=True)
@@ -137,16 +145,10 @@ class Distributions(Objective):
             flat = self._student.states(windows)[:, :-1].flatten(0, 1)
             targets = windows[:, 1:].flatten()
             losses = self._nothing(windows)
-            for rows in self._chunks(windows, 1):
+            for rows in self._packing.rows(windows).split(self._chunk):
                 found = imitation(self._student.logits(flat[rows]), lesson(rows), targets[rows], plain)
                 losses = losses.plus(self._sums(found))
         return losses
-
-    def _chunks(self, windows: torch.Tensor, prompt: int) -> tuple[torch.Tensor, ...]:
-        """Numbers of the positions after each prompt, of all ``batch * (length - 1)``, so many at a time."""
-        rows = torch.arange(self.positions(windows), device=windows.device)
-        learned = rows[rows % (windows.shape[1] - 1) >= prompt - 1]
-        return tuple(torch.split(learned, self._chunk))
 
     def _sums(self, found: Imitation) -> Losses:
         values = [found.loss, *(found.terms[name] for name in self._terms)]

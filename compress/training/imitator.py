@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from compress.training.head import Halves
     from compress.training.imitation import Teacher
     from compress.training.objective import Objective
+    from compress.training.packing import Packing
     from compress.training.precision import Arithmetic
 
 
@@ -80,6 +81,9 @@ class Imitator(Distiller):
                 f"a cached teacher says its own tokens, which vocabulary {self.vocabulary} cannot compare: "
                 "leave out cache"
             )
+        if self.documents == "apart" and (self.cache is not None or self.vocabulary != "same"):
+            kind = "a cached teacher" if self.cache is not None else "a teacher with another tokenizer"
+            raise ValueError(f"{kind} reads the documents of a window joined: leave documents out")
         if self.vocabulary == "uld" and set(self.loss) != {"total_variation", "cross_entropy"}:
             raise ValueError(
                 "sorted probabilities do not say which token is meant: vocabulary uld wants a loss of "
@@ -103,7 +107,13 @@ class Imitator(Distiller):
         return None if self.cache is None else Path(self.cache).expanduser()
 
     def objective(
-        self, model: Any, student: "Halves", teacher: "Teacher", chunk: int, arithmetic: "Arithmetic"
+        self,
+        model: Any,
+        student: "Halves",
+        teacher: "Teacher",
+        chunk: int,
+        arithmetic: "Arithmetic",
+        packing: "Packing",
     ) -> "Objective":
         """See `Distiller.objective`."""
         from compress.training.across import Across, ForeignTeacher
@@ -119,4 +129,6 @@ class Imitator(Distiller):
                 chunk=chunk,
                 arithmetic=arithmetic,
             )
-        return Distributions(student, teacher, criterion=criterion, chunk=chunk, arithmetic=arithmetic)
+        return Distributions(
+            student, teacher, criterion=criterion, chunk=chunk, arithmetic=arithmetic, packing=packing
+        )

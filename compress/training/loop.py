@@ -1,27 +1,33 @@
 """The one optimisation loop: AdamW over windows of tokens, judged on held-out text, resumable to the bit.
 
-A plain loop over torch, on one device. Accelerate would place models and scale gradients for several
-devices; what a run needs here it takes away: its checkpoints are pickles, which this package does not write
-or read, and its random state and order of data are spread over objects whose state is not ours to fix. Here
-the order of the data is a function of the seed and the step alone, so that a checkpoint needs nothing but
-tensors and two numbers, and a run that was killed goes on with the losses that it would have had. A process
-a device would split `Batches.of` and add up the gradients before they are clipped; nothing else would change.
+A plain loop over torch, on one device or on one a process. The order of the data and the random state of a
+step are functions of the seed and the step alone, so that a checkpoint needs nothing but tensors and two
+numbers, and a run that was killed goes on with the losses that it would have had.
+
+The windows of a step are shared by the processes that train together, and their gradients are added up
+before they are clipped (`compress.training.processes`). So a step means the same in any number of processes,
+up to the rounding of sums, and a run may go on in another number of them. Only the first of them writes.
 """
 
+import hashlib
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from compress.core.errors import CalibrationError
+from compress.core.errors import CalibrationError, PlanError
 from compress.core.run import Run
 from compress.data.training import TrainingText, permutation
 from compress.training.checkpoints import Checkpoints, Position
 from compress.training.history import History
 from compress.training.integers import Latent
+from compress.training.log import opened
 from compress.training.objective import Losses, Objective
+from compress.training.processes import Processes, Released
+from compress.training.recomputation import recomputed
 from compress.training.schedule import learning_rate
 from compress.training.trainer import Trainer
 
@@ -78,7 +84,7 @@ class Batches:
 
 
 class Loop:
-    """Trains one model.
+    """Trains one model, in this process or in all that torch's process group holds.
 
     Args:
         model: with float32 weights, on its device.
@@ -86,11 +92,22 @@ class Loop:
         text: what it is learned from.
         numbers: of the optimisation.
         run: the circumstances.
+
+    Raises:
+        PlanError: there are more processes than windows in a step.
     """
 
     def __init__(
         self, model: Any, objective: Objective, text: TrainingText, numbers: Trainer, run: Run
     ) -> None:
+        self._processes = Processes()
+        if self._processes.count > numbers.batch * numbers.accumulation:
+            raise PlanError(
+                f"{self._processes.count} processes cannot share the {numbers.batch * numbers.accumulation} "
+                f"windows of a step (batch {numbers.batch} x accumulation {numbers.accumulation})",
+                f"raise --batch or --accumulation, or start at most {numbers.batch * numbers.accumulation}",
+            )
+        self._model = model
         self._objective = objective
         self._text = text
         self._numbers = numbers
@@ -109,25 +126,57 @@ class Loop:
 
         Raises:
             CalibrationError: a loss or a gradient is no longer finite.
+            EnvironmentFault: another of the processes is gone.
+            Released: this process only helped, and has nothing more to do.
         """
-        steps = self._numbers.steps
-        position = self._start()
-        remaining = (steps - position.step) * self._numbers.step_tokens
-        saved_at, saved_step = time.monotonic(), position.step
-        if position.step < steps:
-            with self._run.reporter.progress("training", remaining, "token") as advance:
-                while position.step < steps:
-                    position = self._advance(position, steps)
-                    advance(self._numbers.step_tokens)
-                    last = position.step == steps
-                    if last or self._due(position.step - saved_step, time.monotonic() - saved_at):
-                        self._checkpoints.save(position)
-                        saved_at, saved_step = time.monotonic(), position.step
-        kept = position.best if self._numbers.keep == "best" else steps
-        if 0 < kept < steps:
+        with ExitStack() as stack:
+            if self._numbers.activations == "recompute":
+                stack.enter_context(recomputed(self._model))
+            position = self._start()
+            if not self._over(position):
+                position = self._steps(position)
+        if not self._processes.leads:
+            raise Released
+        kept = position.best if self._numbers.keep == "best" else position.step
+        if 0 < kept < position.step:
             self._checkpoints.load_best(kept)
         zeros = sum(int(mask.logical_not().sum()) for mask in self._kept.values())
-        return Trained(steps, kept, zeros, position.best, position.history)
+        return Trained(position.step, kept, zeros, position.best, position.history)
+
+    def _steps(self, position: Position) -> Position:
+        """All steps from a position to the end."""
+        remaining = (self._numbers.steps - position.step) * self._numbers.step_tokens
+        saved_at, saved_step = time.monotonic(), position.step
+        service = self._run.log if self._processes.leads else None
+        with (
+            opened(service, self._run, self._numbers, position.step) as log,
+            self._run.reporter.progress("training", remaining, "token") as advance,
+        ):
+            if position.step == 0:
+                log.write(position.history.rows[0])
+            over = False
+            while not over:
+                position = self._advance(position)
+                log.write(position.history.rows[-1])
+                advance(self._numbers.step_tokens)
+                over = self._over(position)
+                due = over or self._due(position.step - saved_step, time.monotonic() - saved_at)
+                if due and self._processes.leads:
+                    self._checkpoints.save(position)
+                    saved_at, saved_step = time.monotonic(), position.step
+        if position.step < self._numbers.steps:
+            self._run.reporter.message(
+                f"stopped after step {position.step} of {self._numbers.steps}: no evaluation since step "
+                f"{position.best} was better"
+            )
+        return position
+
+    def _over(self, position: Position) -> bool:
+        """Whether all steps are done, or patience is at its end; known from what a checkpoint holds."""
+        patience = self._numbers.patience
+        return position.step == self._numbers.steps or (
+            patience is not None and position.history.evaluations_after(position.best) >= patience
+        )
 
     def _start(self) -> Position:
         torch.manual_seed(self._run.seed)
@@ -140,9 +189,9 @@ class Loop:
         history.judged(0, self._judge(0))
         return Position(0, 0, history)
 
-    def _advance(self, position: Position, steps: int) -> Position:
+    def _advance(self, position: Position) -> Position:
         """One step, and what follows it."""
-        numbers, history = self._numbers, position.history
+        numbers, history, steps = self._numbers, position.history, self._numbers.steps
         rate = learning_rate(position.step, steps, numbers.learning_rate, numbers.warmup, numbers.floor)
         done = position.step + 1
         self._run.reporter.event("training.step", step=done)
@@ -154,7 +203,7 @@ class Loop:
             history.judged(done, judged)
             if judged["loss"] < history.evaluation(best)["loss"]:
                 best = done
-                if numbers.keep == "best" and done < steps:
+                if numbers.keep == "best" and done < steps and self._processes.leads:
                     self._checkpoints.save_best(done)
         newest = history.evaluation(done)
         judgement = f", validation {newest['loss']:.4f}" if newest else ""
@@ -163,21 +212,22 @@ class Loop:
 
     def _step(self, step: int, rate: float) -> tuple[dict[str, float], float]:
         """Update the weights once; the mean losses before the update, and the norm of their gradient."""
-        numbers = self._numbers
-        windows = self._batches.of(step).to(self._device)
-        positions = windows.shape[0] * (windows.shape[1] - 1)
+        torch.manual_seed(_seed(self._run.seed, step, self._processes.rank))
+        windows = self._batches.of(step)
+        positions = self._objective.positions(windows)
         self._optimiser.zero_grad(set_to_none=True)
         total: Losses | None = None
-        for part in windows.split(numbers.batch):
+        for part in self._processes.share(windows).to(self._device).split(self._numbers.batch):
             losses = self._objective.learn(part, positions)
             total = losses if total is None else total.plus(losses)
+        self._processes.add_up(list(self._parameters.values()))
         for name, kept in self._kept.items():
             gradient = self._parameters[name].grad
             # Without a gradient there are no moments, so that a zero stays exactly zero.
             if gradient is not None:
                 gradient.mul_(kept)
         norm = float(self._clip())
-        means = total.means() if total is not None else {}
+        means = self._means(total)
         if not (math.isfinite(norm) and all(map(math.isfinite, means.values()))):
             raise CalibrationError(
                 f"training diverged in step {step + 1}: loss {means['loss']}, norm of the gradient {norm}",
@@ -197,10 +247,12 @@ class Loop:
     def _judge(self, step: int) -> dict[str, float]:
         self._run.reporter.event("training.evaluate", step=step)
         total: Losses | None = None
-        for part in self._text.held_out.split(self._numbers.batch):
-            losses = self._objective.judge(part.to(self._device))
-            total = losses if total is None else total.plus(losses)
-        means = total.means() if total is not None else {}
+        for part in self._processes.share(self._text.held_out).split(self._numbers.batch):
+            # A share may be empty where there are more processes than windows.
+            if len(part):
+                losses = self._objective.judge(part.to(self._device))
+                total = losses if total is None else total.plus(losses)
+        means = self._means(total)
         if not all(map(math.isfinite, means.values())):
             raise CalibrationError(
                 f"after step {step} the validation loss is {means['loss']}",
@@ -208,11 +260,21 @@ class Loop:
             )
         return means
 
+    def _means(self, losses: Losses | None) -> dict[str, float]:
+        """Nats a position, over what all processes saw."""
+        return self._processes.total(losses, self._objective.names, self._device).means()
+
     def _due(self, steps: int, seconds: float) -> bool:
         every = self._numbers.checkpoint_steps
         if every is not None:
             return steps >= every
         return seconds >= (self._numbers.checkpoint_seconds or 0.0)
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    """Of the random draws of a step in one process: a function of these numbers, so nothing is stored."""
+    digest = hashlib.sha256(f"step {step} of seed {seed} in process {rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _nonzero(parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:

@@ -38,10 +38,14 @@ class Objective(ABC):
     """What a loss consists of; the first, ``loss``, is what is minimised."""
 
     @abstractmethod
+    def positions(self, windows: torch.Tensor) -> int:
+        """What the losses of these windows are a mean over; `windows` as in `learn`, on any device."""
+
+    @abstractmethod
     def learn(self, windows: torch.Tensor, positions: float) -> Losses:
         """Add the gradient of the mean loss to the weights' gradients.
 
-        Random draws come from torch's own generator, whose state a checkpoint keeps.
+        Random draws come from torch's own generator, which is seeded anew for every step.
 
         Args:
             windows: int64 ``[batch, length]``, on the device.

@@ -15,9 +15,9 @@ import torch
 from transformers import GenerationConfig
 
 from compress.models.load import quiet
-from compress.models.tasks import TextGeneration
 from compress.training.imitation import Distributions
 from compress.training.objective import Losses, Objective
+from compress.training.packing import JOINED, Packing
 from compress.training.precision import Arithmetic, autocast
 
 
@@ -26,8 +26,8 @@ class OnPolicy(Objective):
     """An imitation on the text, or on what the student makes of the beginnings of its windows.
 
     A sampled pass weighs as much as any other, though it predicts fewer positions. Draws come from torch's
-    own generator, on the host for the choice of a pass and on the device for tokens; a checkpoint keeps
-    both.
+    own generator, on the host for the choice of a pass and on the device for tokens, and depend on the step
+    and the process alone: so many processes draw otherwise than one.
 
     Args:
         model: the student, which samples with transformers' own ``generate``.
@@ -37,6 +37,7 @@ class OnPolicy(Objective):
         prompt: tokens at the start of each window that are given.
         length: tokens that are sampled after them.
         arithmetic: of the passes.
+        packing: how documents share a window; the student goes on with the last one of its prompt.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class OnPolicy(Objective):
         prompt: int,
         length: int,
         arithmetic: Arithmetic,
+        packing: Packing = JOINED,
     ) -> None:
         self._model = model
         self._imitation = imitation
         self._share = share
         self._prompt = prompt
         self._arithmetic = arithmetic
+        self._packing = packing
         self._sampling = GenerationConfig(
             do_sample=True,
             temperature=temperature,
@@ -66,13 +69,18 @@ class OnPolicy(Objective):
         )
         self.names = imitation.names
 
+    def positions(self, windows: torch.Tensor) -> int:
+        """See `Objective.positions`: as many as on the text."""
+        return self._imitation.positions(windows)
+
     def learn(self, windows: torch.Tensor, positions: float) -> Losses:
         """See `Objective.learn`."""
         if float(torch.rand(())) >= self._share:
             return self._imitation.learn(windows, positions)
         sampled = self.sampled(windows)
         nominal = self._imitation.positions(windows)
-        predicted = sampled.shape[0] * (sampled.shape[1] - self._prompt)
+        # What opens a document is not predicted, and may be all that was sampled.
+        predicted = max(1, self._imitation.positions(sampled, self._prompt))
         found = self._imitation.learn_after(sampled, self._prompt, positions * predicted / nominal)
         sums = {name: total * (nominal / predicted) for name, total in found.sums.items()}
         return Losses(sums, nominal)
@@ -95,7 +103,7 @@ class OnPolicy(Objective):
         try:
             with quiet(), autocast(self._arithmetic, windows.device):
                 found: torch.Tensor = self._model.generate(
-                    **TextGeneration().batch(windows[:, : self._prompt]), generation_config=self._sampling
+                    **self._packing.begun(windows[:, : self._prompt]), generation_config=self._sampling
                 )
         finally:
             self._model.generation_config = given

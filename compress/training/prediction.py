@@ -9,7 +9,9 @@ import torch
 
 from compress.core.artifact import Artifact
 from compress.core.facts import Fact
+from compress.core.launch import launch
 from compress.core.passes import Needs
+from compress.models.blocks import find_blocks
 from compress.training.adapter_options import AdapterOptions
 from compress.training.precision import Arithmetic
 from compress.training.trainer import Trainer
@@ -34,12 +36,16 @@ class Shape:
         multiplied: those that a token is multiplied with; a lookup costs nothing.
         widths: numbers that one token's forward pass writes, about.
         vocabulary: logits of a position.
+        blocks: in all stacks.
+        width: numbers of one token between two blocks.
     """
 
     parameters: int
     multiplied: int
     widths: int
     vocabulary: int
+    blocks: int
+    width: int
 
     @classmethod
     def of(cls, model: Any) -> "Shape":
@@ -55,7 +61,16 @@ class Shape:
             multiplied=sum(weight.numel() for weight in inside) + (table.numel() if tied else 0),
             widths=sum(sum(weight.shape[-2:]) for weight in inside if vocabulary not in weight.shape),
             vocabulary=vocabulary,
+            blocks=len(find_blocks(model)),
+            width=int(table.shape[1]),
         )
+
+    def kept(self, *, recomputed: bool) -> int:
+        """Numbers that one token's forward pass leaves for the backward pass, about.
+
+        Recomputed, these are the inputs of the blocks and the inside of one of them.
+        """
+        return self.blocks * self.width + self.widths // self.blocks if recomputed else self.widths
 
 
 def chunk_of(vocabulary: int, device: str) -> int:
@@ -76,11 +91,16 @@ def predict(
 
     Weights, gradients and two moments are float32; a teacher is held in the arithmetic of the passes.
     Checkpoints are weights and moments, for a moment twice, and the best weights, for a moment twice.
+    Under a launcher each process holds all that, with its share of the windows, and those of one machine
+    share its host memory.
     """
+    here = launch()
+    windows = min(numbers.batch, -(-numbers.batch * numbers.accumulation // here.count))
+    recomputed = numbers.activations == "recompute"
     width = 2 if arithmetic == "bfloat16" else 4
     weights = sum(file.stat().st_size for file in source.weight_files)
-    activations = numbers.batch * numbers.window * student.widths * width
-    logits = _COPIES * min(chunk, numbers.batch * numbers.window) * student.vocabulary * 4
+    activations = windows * numbers.window * student.kept(recomputed=recomputed) * width
+    logits = _COPIES * min(chunk, windows * numbers.window) * student.vocabulary * 4
     held, learned = _held(numbers, source, student)
     models = held + (teacher.parameters * width if teacher is not None else 0)
     drawn = 40 * (numbers.tokens + numbers.evaluation_tokens)
@@ -88,14 +108,15 @@ def predict(
     trained = steps * numbers.step_tokens
     evaluations = 2 + steps // numbers.evaluation_interval
     judged = evaluations * numbers.evaluation_windows * numbers.window
-    operations = 6 * student.multiplied * trained + 2 * student.multiplied * judged
+    operations = (8 if recomputed else 6) * student.multiplied * trained + 2 * student.multiplied * judged
     if teacher is not None:
         operations += 2 * teacher.multiplied * (trained + judged)
-    seconds = operations / _rate(arithmetic, torch.device(device)) + 3 * weights / 500e6
+    rate = _rate(arithmetic, torch.device(device)) * here.count
+    seconds = operations / rate + 3 * weights / 500e6
     working = models + activations + logits
     on_device = 0 if device == "cpu" else working
     host = IMPORT_BYTES + drawn + (working if device == "cpu" else 4 * student.parameters)
-    return Needs(weights + 32 * learned, host, on_device, seconds)
+    return Needs(weights + 32 * learned, host * here.local_count, on_device, seconds)
 
 
 def _held(numbers: Trainer, source: Artifact, student: Shape) -> tuple[int, int]:

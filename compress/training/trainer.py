@@ -51,6 +51,16 @@ class Trainer(Pass):
     clip: float = Field(
         default=1.0, ge=0, description="largest norm of the gradient of a step; 0 does not limit it"
     )
+    documents: Literal["joined", "apart"] = Field(
+        default="joined",
+        description="documents that share a sequence: `joined`, a later one sees those before it, or "
+        "`apart`, each with attention and positions of its own and no prediction across the border",
+    )
+    activations: Literal["keep", "recompute"] = Field(
+        default="keep",
+        description="what the blocks computed is kept for the backward pass, or recomputed there (gradient "
+        "checkpointing), which takes about a third more time and far less memory",
+    )
     zeros: Literal["keep", "train"] = Field(
         default="keep",
         description="zeros inside matrices, as pruning leaves them: `keep` them so, or `train` them as well; "
@@ -82,6 +92,12 @@ class Trainer(Pass):
     checkpoint_every: int | str = Field(
         default="300s",
         description="what lies between two checkpoints: a number of steps, or seconds as in `300s`",
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="evaluations in a row that may be no better than the best one before training stops; "
+        "none takes all steps",
     )
     keep: Literal["best", "last"] = Field(
         default="best",

@@ -38,12 +38,15 @@ class Engine:
         self.executed = True
         return engine.RunResult([Path("out")], Path("out"), exit_code=11)
 
+    def run(self, recipe: Recipe, out: Path | None, **asked: Any) -> engine.RunResult:
+        return self.execute(self.plan(recipe, out, **asked))
+
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Engine:
     found = Engine()
     monkeypatch.setattr(engine, "plan", found.plan)
-    monkeypatch.setattr(engine, "execute", found.execute)
+    monkeypatch.setattr(engine, "run", found.run)
     return found
 
 

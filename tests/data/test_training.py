@@ -31,7 +31,7 @@ def numbers(count: int, start: int = 10) -> str:
     return " ".join(str(start + at) for at in range(count))
 
 
-def draw(source: TrainingSource, tokenizer: Any = None, seed: int = 0, **asked: int) -> training.TrainingText:
+def draw(source: TrainingSource, tokenizer: Any = None, seed: int = 0, **asked: Any) -> training.TrainingText:
     wanted = {"windows": 8, "held_out": 2, "length": 10, **asked}
     return training.draw(source, tokenizer or Words(), seed, 1_000_000, **wanted)
 
@@ -89,6 +89,45 @@ def test_a_tokenizer_that_begins_texts_begins_windows(tmp_path: Path) -> None:
     assert seen.shape == (10, 10)
     assert (seen[:, 0] == 1).all()
     assert (seen[:, 1:] > 1).all()
+
+
+def test_documents_that_are_kept_apart_each_have_their_opening(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("<|endoftext|>".join(numbers(4, 10 * at) for at in range(1, 19)))
+    source = TrainingSource(str(file))
+    assert draw(source, Words(begins=True), windows=50, held_out=1).end is None
+    drawn = draw(source, Words(begins=True), windows=50, held_out=1, apart=True)
+    assert drawn.end == 2
+    assert "documents apart" in drawn.description
+    seen = torch.cat([drawn.windows, drawn.held_out])
+    assert seen.shape == (10, 10)
+    assert (seen[:, 0] == 1).all()
+    for window in seen.tolist():
+        inside = [window[at + 1] for at, token in enumerate(window[:-1]) if token == 2]
+        assert inside
+        assert set(inside) == {1}
+        runs = " ".join("|" if token in (1, 2) else str(token) for token in window).split("|")
+        for words in (run.split() for run in runs):
+            assert (
+                [int(word) for word in words] == list(range(int(words[0]), int(words[-1]) + 1))
+                if words
+                else 1
+            )
+    plain = draw(source, windows=50, held_out=1, apart=True)
+    joined = draw(source, windows=50, held_out=1)
+    assert plain.windows.equal(joined.windows), "without an opening they are the same tokens"
+
+
+def test_documents_without_an_end_cannot_be_kept_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(numbers(100))
+    monkeypatch.setattr(Words, "eos_token_id", None)
+    with pytest.raises(DataError, match="a tokenizer without one"):
+        draw(TrainingSource(str(file)), apart=True)
+    with pytest.raises(DataError, match="no tokenizer"):
+        training.draw(TrainingSource(str(file)), None, 0, 100, windows=1, held_out=1, length=5, apart=True)
 
 
 def test_a_built_in_text_is_read_in_the_splits_that_are_for_this(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -390,3 +390,30 @@ def test_every_divergence_is_learned_and_told(name: str, place: Path, tmp_path: 
     assert set(found["last"]) == {"loss", "divergence", "cross_entropy", name}
     assert found["best"]["loss"] < 0.9 * found["before"]["loss"]
     assert found["best"]["divergence"] < 0.9 * found["before"]["divergence"]
+
+
+def test_documents_are_kept_apart_and_blocks_computed_again(place: Path, tmp_path: Path) -> None:
+    text = (place / "text.txt").read_text()
+    file = tmp_path / "documents.txt"
+    file.write_text("<|endoftext|>".join(text[at : at + 9] for at in range(0, len(text), 9)))
+    losses = {}
+    for name, options in {
+        "joined": {},
+        "apart": {"documents": "apart"},
+        "again": {"documents": "apart", "activations": "recompute"},
+    }.items():
+        made = recipe(place, data={"train": str(file)}, **options)
+        engine.run(made, tmp_path / name, single=True)
+        losses[name] = (tmp_path / name / TRAINING_FILE).read_bytes()
+    assert losses["joined"] != losses["apart"]
+    assert losses["again"] == losses["apart"], "the same, computed twice"
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "apart" / name).read_bytes()
+
+
+def test_patience_is_told_and_the_best_is_kept(place: Path, tmp_path: Path) -> None:
+    harm = recipe(place, learning_rate=50.0, warmup=0.0, evaluate_every=1, clip=0, patience=2)
+    recorder = Recorder()
+    engine.run(harm, tmp_path / "out", single=True, reporter=recorder)
+    assert any("stopped after step 2 of 20" in message for message in recorder.messages)
+    assert lineage_of(tmp_path / "out").steps[0].decisions["tokens"] == 2 * 64

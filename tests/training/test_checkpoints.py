@@ -24,9 +24,10 @@ class Fixture:
         self.history = History(("loss",))
         self.history.judged(0, {"loss": 1.0})
 
-    def step(self) -> None:
+    def step(self, number: int = 1) -> None:
+        generator = torch.Generator().manual_seed(number)
         for weight in self.parameters.values():
-            weight.grad = torch.randn_like(weight)
+            weight.grad = torch.randn(weight.shape, generator=generator)
         self.optimiser.step()
 
     def position(self, step: int, best: int = 0) -> Position:
@@ -36,18 +37,17 @@ class Fixture:
         return [weight.detach().clone() for weight in self.parameters.values()]
 
 
-def test_weights_moments_and_random_state_come_back(tmp_path: Path) -> None:
+def test_weights_and_moments_come_back(tmp_path: Path) -> None:
     first = Fixture(tmp_path)
     assert first.checkpoints.restore(("loss",)) is None
     first.step()
     first.checkpoints.save(first.position(1))
-    first.step()
+    first.step(2)
     second = Fixture(tmp_path)
-    torch.manual_seed(99)
     position = second.checkpoints.restore(("loss",))
     assert position is not None
     assert (position.step, position.best, position.history) == (1, 0, first.history)
-    second.step()
+    second.step(2)
     for wanted, found in zip(first.values(), second.values(), strict=True):
         assert torch.equal(wanted, found)
 

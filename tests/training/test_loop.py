@@ -60,6 +60,9 @@ class Counting(Objective):
         targets = windows[:, 1:].flatten()
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum"), len(targets)
 
+    def positions(self, windows: torch.Tensor) -> int:
+        return windows.shape[0] * (windows.shape[1] - 1)
+
     def learn(self, windows: torch.Tensor, positions: int) -> Losses:
         loss, count = self._loss(windows, self._noise)
         self._left -= 1
@@ -110,6 +113,7 @@ def train(
     **changes: Any,
 ) -> tuple[Table, Trained]:
     model = Table()
+    scratch.mkdir(parents=True, exist_ok=True)
     numbers: Any = build("distill.logits", {**NUMBERS, **changes})
     run = Run(seed=3, scratch=scratch, reporter=reporter or Recorder())
     loop = Loop(model, Counting(model, blow_up_at=blow_up_at), read or text(), numbers, run)
@@ -271,7 +275,6 @@ def test_a_checkpoint_is_no_pickle_and_holds_all(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
         "history.csv",
         "optimiser.safetensors",
-        "random.safetensors",
         "state.json",
         "weights.safetensors",
     ]
@@ -281,3 +284,53 @@ def test_a_checkpoint_is_no_pickle_and_holds_all(tmp_path: Path) -> None:
         f"{name}:{key}" for name in ("table", "bias") for key in ("step", "exp_avg", "exp_avg_sq")
     }
     shutil.rmtree(tmp_path)
+
+
+def test_patience_ends_a_training_that_gets_no_better(tmp_path: Path) -> None:
+    # So large a rate does harm after some steps.
+    wild = {"learning_rate": 3.0, "clip": 0, "floor": 1.0, "tokens": 400, "evaluate_every": 1, "patience": 3}
+    recorder = Recorder()
+    best, trained = train(tmp_path / "whole", recorder, **wild)
+    assert 0 < trained.best == trained.kept == trained.steps - 3
+    assert trained.steps < 20
+    assert any(f"stopped after step {trained.steps} of 20" in message for message in recorder.messages)
+    with torch.no_grad():
+        loss = Counting(best).judge(text().held_out).means()["loss"]
+    assert loss == trained.history.evaluation(trained.best)["loss"]
+    # Killed while the last checkpoint is written, and after it.
+    for name, number in (("training.step", trained.steps), ("checkpoint.finish", (trained.steps + 1) // 2)):
+        scratch = tmp_path / name
+        with pytest.raises(Stop):
+            train(scratch, Crashing(name, number), **wild)
+        _, resumed = train(scratch, **wild)
+        assert resumed.history.csv() == trained.history.csv()
+        assert (resumed.best, resumed.kept, resumed.steps) == (trained.best, trained.kept, trained.steps)
+    _, patient = train(tmp_path / "patient", **{**wild, "patience": 1000})
+    assert patient.steps == 20
+
+
+def test_the_weights_of_the_last_step_are_kept_where_patience_ended_it(tmp_path: Path) -> None:
+    wild = {"learning_rate": 3.0, "clip": 0, "floor": 1.0, "tokens": 400, "evaluate_every": 1, "patience": 2}
+    last, trained = train(tmp_path, keep="last", **wild)
+    assert trained.kept == trained.steps == trained.best + 2
+    with torch.no_grad():
+        loss = Counting(last).judge(text().held_out).means()["loss"]
+    assert loss == trained.history.evaluation(trained.steps)["loss"]
+
+
+def test_every_step_draws_for_itself(tmp_path: Path) -> None:
+    """What one step drew has no say in the next, so that nothing of it needs to be kept."""
+    _, trained = train(tmp_path / "one")
+    plain = Counting._loss
+
+    def wasteful(self: Counting, windows: torch.Tensor, noise: float) -> tuple[torch.Tensor, int]:
+        found = plain(self, windows, noise)
+        torch.rand(3)
+        return found
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Counting, "_loss", wasteful)
+        _, other = train(tmp_path / "two", accumulation=1, batch=4)
+        _, again = train(tmp_path / "three", accumulation=1, batch=4)
+    assert other.history.csv() == again.history.csv()
+    assert trained.history.rows[1]["loss"] != trained.history.rows[2]["loss"]
