@@ -5,7 +5,7 @@ stand in memory. The gradient of each chunk goes into the student's head at once
 body ended, so that one backward pass through the body remains.
 """
 
-from typing import ClassVar, final
+from typing import final
 
 import torch
 
@@ -27,7 +27,7 @@ class Distributions(Objective):
         arithmetic: of the passes.
     """
 
-    names: ClassVar[tuple[str, ...]] = ("loss", "divergence", "cross_entropy")
+    names = ("loss", "divergence", "cross_entropy")
 
     def __init__(
         self,
@@ -46,7 +46,11 @@ class Distributions(Objective):
         self._chunk = chunk
         self._arithmetic = arithmetic
 
-    def learn(self, windows: torch.Tensor, positions: int) -> Losses:
+    def positions(self, windows: torch.Tensor) -> int:
+        """Tokens that are predicted: all but the first of each window."""
+        return windows.shape[0] * (windows.shape[1] - 1)
+
+    def learn(self, windows: torch.Tensor, positions: float) -> Losses:
         """See `Objective.learn`."""
         with autocast(self._arithmetic, windows.device):
             wanted = self._of_teacher(windows)

@@ -85,10 +85,17 @@ class Loop:
         text: what it is learned from.
         numbers: of the optimisation.
         run: the circumstances.
+        beside: what is trained together with the model and thrown away in the end (projections), if anything.
     """
 
     def __init__(
-        self, model: Any, objective: Objective, text: TrainingText, numbers: Trainer, run: Run
+        self,
+        model: Any,
+        objective: Objective,
+        text: TrainingText,
+        numbers: Trainer,
+        run: Run,
+        beside: torch.nn.Module | None = None,
     ) -> None:
         self._objective = objective
         self._text = text
@@ -99,6 +106,8 @@ class Loop:
         self._parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         # Taken from the weights as they came, before any checkpoint is taken up.
         self._kept = _nonzero(self._parameters) if numbers.zeros == "keep" else {}
+        if beside is not None:
+            self._parameters |= {f"beside.{name}": weight for name, weight in beside.named_parameters()}
         self._optimiser = _adamw(self._parameters, numbers)
         self._checkpoints = Checkpoints(run.scratch, self._parameters, self._optimiser, run.reporter)
         self._batches = Batches(text.windows, numbers.batch * numbers.accumulation, run.seed)
@@ -164,7 +173,7 @@ class Loop:
         """Update the weights once; the mean losses before the update, and the norm of their gradient."""
         numbers = self._numbers
         windows = self._batches.of(step).to(self._device)
-        positions = windows.shape[0] * (windows.shape[1] - 1)
+        positions = self._objective.positions(windows)
         self._optimiser.zero_grad(set_to_none=True)
         total: Losses | None = None
         for part in windows.split(numbers.batch):

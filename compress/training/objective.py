@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -35,11 +34,15 @@ class Losses:
 class Objective(ABC):
     """A loss over windows of tokens."""
 
-    names: ClassVar[tuple[str, ...]]
+    names: tuple[str, ...]
     """What a loss consists of; the first, ``loss``, is what is minimised."""
 
     @abstractmethod
-    def learn(self, windows: torch.Tensor, positions: int) -> Losses:
+    def positions(self, windows: torch.Tensor) -> int:
+        """What the losses of these windows are a mean over; `windows` as in `learn`."""
+
+    @abstractmethod
+    def learn(self, windows: torch.Tensor, positions: float) -> Losses:
         """Add the gradient of the mean loss to the weights' gradients.
 
         Args:

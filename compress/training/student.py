@@ -15,6 +15,7 @@ from compress.formats.shards import write_index, write_shard
 from compress.models.checkpoint import Checkpoint
 from compress.models.headers import read_model
 from compress.models.load import loaded_dtype, skeleton
+from compress.models.tasks import FeatureExtraction, resolve
 from compress.numerics.fingerprint import fingerprint
 
 
@@ -37,12 +38,16 @@ class Student:
         self._device = torch.device(run.device)
         self.model: Any = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
         self._checkpoint = Checkpoint(source, self.model)
+        # A pooler is no part of hidden states, and encoders that filled in words come without one.
+        self._lacks_parts = isinstance(resolve(run.task, source.config), FeatureExtraction)
         self.reload()
 
     def reload(self) -> None:
         """Take the weights of the source."""
         self._checkpoint.load(self._checkpoint.names, self._device)
         self.model.tie_weights()
+        if self._lacks_parts:
+            fill_absent_parts(self.model)
         self._checkpoint.require_filled("")
         self.model.to(self._device)
         for weight in self.model.parameters():
@@ -107,6 +112,16 @@ class Student:
                 parts = self._checkpoint.to_disk({target: weight})
                 values |= {name: part for name, part in parts.items() if name in names}
         return values
+
+
+def fill_absent_parts(model: Any) -> None:
+    """Give zeros to parts of a model that have no weight on disk at all, so that it can be run."""
+    for part in model.children():
+        weights = list(part.parameters())
+        if weights and all(weight.is_meta for weight in weights):
+            for module in part.modules():
+                for leaf, weight in list(module.named_parameters(recurse=False)):
+                    module._parameters[leaf] = torch.nn.Parameter(torch.zeros_like(weight, device="cpu"))
 
 
 def _distance(before: torch.Tensor, after: torch.Tensor) -> float:

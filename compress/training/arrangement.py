@@ -1,0 +1,158 @@
+"""Student and teacher in memory together, recorded where that is needed, with the loss between them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compress.core.artifact import Artifact
+from compress.core.run import Run
+from compress.models.interior import Interior, Recorder, survey
+from compress.models.load import skeleton
+from compress.models.tasks import Task, TextClassification, TextGeneration
+from compress.runtimes import Placement
+from compress.runtimes.torch_eager import load_model
+from compress.training.head import halves
+from compress.training.imitation import Distributions
+from compress.training.matching import VECTOR, Inside, Matching, Plan, Projections
+from compress.training.outputs import Classes, NextTokens, Outputs, Pooling, Side, Vectors, Watched
+from compress.training.precision import Arithmetic, autocast
+from compress.training.prediction import chunk_of
+from compress.training.tutoring import Lesson
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How what comes out is compared.
+
+    Attributes:
+        weight: of its loss.
+        temperature, share: of a language model and a classifier, as in `Distributions` and `Classes`.
+        pooling: of an encoder, as in `Vectors`.
+        chunk: of a language model: positions whose logits stand in memory at once, ``None`` for a
+            number that goes by vocabulary and device.
+        padding: token of padding, of all others.
+    """
+
+    weight: float = 1.0
+    temperature: float = 1.0
+    share: float = 0.0
+    pooling: Pooling = "mean"
+    chunk: int | None = None
+    padding: int = 0
+
+
+@dataclass(frozen=True)
+class Within:
+    """What is compared inside.
+
+    Attributes:
+        plan: layers and weights.
+        widths: of the hidden states of student and teacher.
+        always: whether states are projected where the widths are the same, too.
+    """
+
+    plan: Plan
+    widths: tuple[int, int]
+    always: bool
+
+    def projections(self, seed: int, *, vector: bool) -> Projections:
+        """The projections to train.
+
+        Args:
+            vector: whether vectors of texts are compared as well.
+        """
+        if not self.always and self.widths[0] == self.widths[1]:
+            return Projections((), self.widths, seed)
+        return Projections((*self.plan.projected, *((VECTOR,) if vector else ())), self.widths, seed)
+
+
+def interior_of(model: Artifact, task: Task, run: Run) -> Interior:
+    """What a model has inside, from its configuration.
+
+    Raises:
+        ModelError: it has no stack of blocks or several, or does not run them in order.
+    """
+    return survey(skeleton(model, task=task.name, trust_remote_code=run.trust_remote_code))
+
+
+def arranged(
+    student: Any,
+    teacher: Artifact,
+    task: Task,
+    asked: Asked,
+    within: Within | None,
+    *,
+    probe: torch.Tensor,
+    arithmetic: Arithmetic,
+    run: Run,
+) -> Lesson:
+    """The loss of a student that is in memory; the teacher is brought there as the bench would bring it.
+
+    Args:
+        student: on its device.
+        task: of both models.
+        within: what is compared inside, if anything.
+        probe: int64 ``[1, length]``, tokens on which a language model may be tried.
+    """
+    model, _ = load_model(teacher, task, Placement(run.device, arithmetic, run.trust_remote_code))
+    model.requires_grad_(False)
+    recorders = None
+    watches = ()
+    projections = Projections((), (1, 1), run.seed)
+    if within is not None:
+        plan = within.plan
+        recorders = tuple(
+            Recorder(each, attention=plan.attention, layers=plan.layers(side))
+            for side, each in ((0, student), (1, model))
+        )
+        watches = tuple(recorder.recording for recorder in recorders)
+        vector = bool(asked.weight) and not isinstance(task, TextGeneration | TextClassification)
+        projections = within.projections(run.seed, vector=vector).to(run.device)
+    outputs: Outputs
+    if isinstance(task, TextGeneration):
+        outputs = _next_tokens(student, model, watches, asked, probe, arithmetic, run)
+    else:
+        sides = Side(student, *watches[:1]), Side(model, *watches[1:])
+        if isinstance(task, TextClassification):
+            outputs = Classes(
+                *sides, asked.padding, arithmetic, temperature=asked.temperature, share=asked.share
+            )
+        else:
+            outputs = Vectors(
+                *sides,
+                asked.padding,
+                arithmetic,
+                projection=lambda states: projections.at(VECTOR, states),
+                pooling=asked.pooling,
+                distance=within.plan.distance if within is not None else "relative",
+            )
+    inside = None
+    if within is not None and recorders is not None:
+        inside = Inside(*recorders, within.plan, projections)
+    return Lesson(Matching(outputs, asked.weight, inside), projections)
+
+
+def _next_tokens(
+    student: Any,
+    teacher: Any,
+    watches: Any,
+    asked: Asked,
+    probe: torch.Tensor,
+    arithmetic: Arithmetic,
+    run: Run,
+) -> NextTokens:
+    device = torch.device(run.device)
+    probe = probe.to(device)
+    with autocast(arithmetic, device):
+        cut = halves(student, probe), halves(teacher, probe)
+    ours, theirs = Watched(cut[0], *watches[:1]), Watched(cut[1], *watches[1:])
+    objective = Distributions(
+        ours,
+        theirs,
+        temperature=asked.temperature,
+        share=asked.share,
+        chunk=asked.chunk or chunk_of(student.get_input_embeddings().weight.shape[0], run.device),
+        arithmetic=arithmetic,
+    )
+    return NextTokens(ours, theirs, objective, arithmetic)
