@@ -161,12 +161,13 @@ class Hidden(Trainer):
         return teacher, task
 
     def _within(self, source: "Artifact", teacher: "Artifact", task: "Task", run: "Run") -> "Within | None":
-        from compress.models.tasks import TextGeneration
+        from compress.models.tasks import FeatureExtraction, TextGeneration
         from compress.training.arrangement import Within, interior_of
         from compress.training.inner_plan import comparison
 
         wish = self._wish
-        if not wish.wanted:
+        # The vectors of an encoder are as wide as its hidden states, and may have to be projected too.
+        if not wish.wanted and not isinstance(task, FeatureExtraction):
             return None
         student, other = (interior_of(each, task, run) for each in (source, teacher))
         plan = comparison(wish, student, other, causal=isinstance(task, TextGeneration))
@@ -213,6 +214,7 @@ class Hidden(Trainer):
             self.temperature,
             self.cross_entropy,
             self.pooling,
+            self.distance,
             None if self.chunk == "auto" else self.chunk,
             0 if isinstance(task, TextGeneration) else padding_of(source, run),
         )
@@ -232,7 +234,7 @@ class Hidden(Trainer):
         outcome = teach(self, source, target, run, task, lesson)
         decisions = {**outcome.decisions, "teacher": teacher.digest}
         if within is not None:
-            decisions["layers"] = [list(pair) for pair in within.plan.pairs]
+            decisions["layer_pairs"] = [list(pair) for pair in within.plan.pairs]
             if self.relations:
                 decisions["relation_heads"] = within.plan.relation_heads
         return Outcome(decisions, outcome.tensors)

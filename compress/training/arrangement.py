@@ -10,6 +10,7 @@ from compress.core.run import Run
 from compress.models.interior import Interior, Recorder, survey
 from compress.models.load import skeleton
 from compress.models.tasks import Task, TextClassification, TextGeneration
+from compress.numerics.inner_states import Distance
 from compress.runtimes import Placement
 from compress.runtimes.torch_eager import load_model
 from compress.training.head import halves
@@ -28,7 +29,7 @@ class Asked:
     Attributes:
         weight: of its loss.
         temperature, share: of a language model and a classifier, as in `Distributions` and `Classes`.
-        pooling: of an encoder, as in `Vectors`.
+        pooling, distance: of an encoder, as in `Vectors`.
         chunk: of a language model: positions whose logits stand in memory at once, ``None`` for a
             number that goes by vocabulary and device.
         padding: token of padding, of all others.
@@ -38,16 +39,17 @@ class Asked:
     temperature: float = 1.0
     share: float = 0.0
     pooling: Pooling = "mean"
+    distance: Distance = "relative"
     chunk: int | None = None
     padding: int = 0
 
 
 @dataclass(frozen=True)
 class Within:
-    """What is compared inside.
+    """What is compared inside, and what is projected.
 
     Attributes:
-        plan: layers and weights.
+        plan: layers and weights; without a weight nothing is compared.
         widths: of the hidden states of student and teacher.
         always: whether states are projected where the widths are the same, too.
     """
@@ -125,7 +127,7 @@ def arranged(
                 arithmetic,
                 projection=lambda states: projections.at(VECTOR, states),
                 pooling=asked.pooling,
-                distance=within.plan.distance if within is not None else "relative",
+                distance=asked.distance,
             )
     inside = None
     if within is not None and recorders is not None:

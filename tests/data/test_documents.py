@@ -96,7 +96,8 @@ def test_a_running_text_is_cut_at_blanks_and_nothing_of_it_is_lost(tmp_path: Pat
     pieces = [*spoken(drawn.windows), *spoken(drawn.held_out)]
     assert sorted("".join(pieces)) == sorted(text)
     few = draw(TrainingSource(str(tmp_path / "a.txt")), reading(length=32), 0, rows=3, held_out=2)
-    assert (len(few.windows), len(few.held_out)) == (3, 2)
+    # At most a tenth of what was drawn is held out of it.
+    assert (len(few.windows), len(few.held_out)) == (3, 1)
 
 
 def test_tables_and_another_text_to_validate_on(tmp_path: Path) -> None:

@@ -36,15 +36,18 @@ def classifier(folder: Path, name: str, *, layers: int, seed: int, **options: An
 
 
 def text(file: Path, count: int, *, labelled: int) -> Path:
-    """Documents of different lengths, the first of them with a label."""
+    """Documents of different lengths and of two alphabets, the first of them with a label."""
     generator = torch.Generator().manual_seed(7)
     with file.open("w", encoding="utf-8") as stream:
         for number in range(count):
-            length = int(torch.randint(2, 14, (1,), generator=generator))
-            characters = torch.randint(33, 120, (length,), generator=generator).tolist()
+            length, kind = (
+                int(torch.randint(*span, (1,), generator=generator)) for span in ((2, 14), (0, 2))
+            )
+            low = 33 + 43 * kind
+            characters = torch.randint(low, low + 43, (length,), generator=generator).tolist()
             record = {"text": "".join(map(chr, characters))}
             if number < labelled:
-                record["label"] = NAMES[int(length > 7)]
+                record["label"] = NAMES[kind]
             stream.write(json.dumps(record) + "\n")
     return file
 
@@ -56,6 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     classifier(folder, "student", layers=2, seed=2)
     text(folder / "mixed.jsonl", 200, labelled=60)
     text(folder / "bare.jsonl", 100, labelled=0)
+    text(folder / "labelled.jsonl", 200, labelled=200)
     return folder
 
 
@@ -119,10 +123,12 @@ def test_a_student_learns_what_its_teacher_says(place: Path, tmp_path: Path) -> 
 
 def test_labels_count_where_they_are_asked_for(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    engine.run(recipe(place, cross_entropy=1.0, teacher="$model"), out, single=True)
+    made = recipe(place, cross_entropy=1.0, teacher="$model", train=place / "labelled.jsonl")
+    engine.run(made, out, single=True)
     found = lineage_of(out).steps[0].decisions["validation"]
     assert found["best"]["cross_entropy"] < found["before"]["cross_entropy"]
     assert found["best"]["loss"] == found["best"]["cross_entropy"]
+    assert found["best"]["accuracy"] > 0.8
 
 
 def test_text_without_labels_is_enough(place: Path, tmp_path: Path) -> None:

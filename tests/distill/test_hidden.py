@@ -115,7 +115,7 @@ def test_a_narrower_student_comes_nearer_in_everything(family: str, place: Path,
     out = tmp_path / "out"
     engine.run(recipe(place, family, **EVERYTHING), out, single=True)
     decisions = decisions_of(out)
-    assert decisions["layers"] == [[1, 2], [2, 4]]
+    assert decisions["layer_pairs"] == [[1, 2], [2, 4]]
     # Widths of 24 and 32, and of 12 and 16 in Llama's keys and values.
     assert decisions["relation_heads"] == 4
     before, best = (decisions["validation"][when] for when in ("before", "best"))
@@ -154,7 +154,7 @@ def test_attention_maps_of_as_many_heads(place: Path, tmp_path: Path) -> None:
     )
     engine.run(made, tmp_path / "out", single=True)
     decisions = decisions_of(tmp_path / "out")
-    assert decisions["layers"] == [[1, 1], [2, 4]]
+    assert decisions["layer_pairs"] == [[1, 1], [2, 4]]
     assert decisions["validation"]["best"]["maps"] < decisions["validation"]["before"]["maps"]
 
 
@@ -247,7 +247,7 @@ def test_tokens_are_enough_for_a_model_without_a_tokenizer(tmp_path: Path) -> No
     engine.run(made, tmp_path / "out", single=True)
     decisions = decisions_of(tmp_path / "out")
     # One block that runs three times.
-    assert decisions["layers"] == [[1, 1], [2, 2], [3, 3]]
+    assert decisions["layer_pairs"] == [[1, 1], [2, 2], [3, 3]]
     assert decisions["validation"]["best"]["loss"] < decisions["validation"]["before"]["loss"]
 
 
