@@ -282,17 +282,32 @@ def test_a_real_encoder_is_distilled_without_labels(shared: Path, tmp_path: Path
     assert best["cosine"] > before["cosine"] + 0.05
 
 
-def test_an_encoder_that_filled_in_words_has_no_pooler_and_needs_none(place: Path, tmp_path: Path) -> None:
+def test_the_body_of_an_encoder_that_fills_in_words_is_trained_and_its_head_stays(
+    place: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(3)
     config = bert(24, 2, 2)
     config.architectures = ["BertForMaskedLM"]
     model(tmp_path, "student", config, seed=3)
     made = recipe(place, "bert", model=tmp_path / "student", tokens=4 * 8 * 16)
     engine.run(made, tmp_path / "out", single=True)
-    names = [
-        load_file(path / "model.safetensors").keys() for path in (tmp_path / "out", tmp_path / "student")
-    ]
-    assert names[0] == names[1]
-    assert not any("pooler" in name for name in names[0])
+    after, before = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "out", tmp_path / "student")
+    )
+    assert after.keys() == before.keys()
+    assert not any("pooler" in name for name in after)
+    heads = [name for name in after if name.startswith("cls.")]
+    assert heads
+    assert all(torch.equal(after[name], before[name]) for name in heads)
+    assert not torch.equal(*(each["bert.encoder.layer.0.output.dense.weight"] for each in (after, before)))
     best = decisions_of(tmp_path / "out")["validation"]["best"]
     assert best["loss"] < decisions_of(tmp_path / "out")["validation"]["before"]["loss"]
+
+
+def test_a_missing_pooler_is_no_matter(place: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    transformers.BertModel(bert(24, 2, 2), add_pooling_layer=False).save_pretrained(tmp_path / "student")
+    quantized_models.add_tokenizer(tmp_path / "student", models_zoo.VOCABULARY)
+    made = recipe(place, "bert", model=tmp_path / "student", tokens=4 * 8 * 16)
+    engine.run(made, tmp_path / "out", single=True)
+    assert not any("pooler" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
