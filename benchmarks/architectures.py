@@ -56,7 +56,10 @@ SMALL: Final[Mapping[str, Any]] = {
 """Options by their names, for whichever method has them: groups that fit narrow layers, and little work."""
 OWN: Final[Mapping[str, Mapping[str, Any]]] = {
     # A model that is its own teacher learns from the text alone; and the last weights are not the first.
+    "distill.classes": {"cross_entropy": 0.5, "keep": "last"},
     "distill.logits": {"cross_entropy": 0.5, "keep": "last"},
+    # Nor has it anything to tell itself of its hidden states, until a projection stands between.
+    "distill.hidden": {"projection": "always", "keep": "last"},
     # Three of four heads are no whole groups where two share their keys and values.
     "prune.width": {"keep": 0.5},
     # At 4 bits there is a model here whose rounding no factor makes better.

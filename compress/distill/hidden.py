@@ -27,8 +27,10 @@ padded to the longest; each counts as a whole window in `tokens`. Losses are mea
 layers, and a document counts as much as another, however long.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, final
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -44,6 +46,16 @@ if TYPE_CHECKING:
     from compress.training.arrangement import Within
     from compress.training.inner_plan import Wish
     from compress.training.tutoring import Lesson
+
+
+_COPIES: Final = 6
+"""Tensors of the size of the matrices of attention that a loss and its gradient take."""
+_FOREIGN: Final[Mapping[str, tuple[str, ...]]] = {
+    "text-generation": ("pooling",),
+    "text-classification": ("pooling", "chunk"),
+    "feature-extraction": ("temperature", "cross_entropy", "chunk"),
+}
+"""Options that say nothing about what comes out of a model, by its task."""
 
 
 @final
@@ -145,12 +157,12 @@ class Hidden(Trainer):
         kinds = (TextGeneration, TextClassification, FeatureExtraction)
         teacher = teacher_of(self, "teacher", source, run, kinds)
         task = resolve(run.task, source.config)
-        if isinstance(task, FeatureExtraction) and (self.cross_entropy or self.temperature != 1.0):
-            raise PlanError(
-                f"{source.path} is an encoder: it gives no logits that --temperature and --cross-entropy "
-                "could be about",
-                "leave them out",
-            )
+        for option in _FOREIGN[task.name]:
+            if getattr(self, option) != type(self).model_fields[option].default:
+                raise PlanError(
+                    f"{option} means nothing to {source.path}: it is another kind of model ({task.title})",
+                    f"leave --{option.replace('_', '-')} out",
+                )
         if isinstance(task, TextClassification):
             same_classes(source, teacher, run)
         if teacher.digest == source.digest and not self.cross_entropy and self.projection == "auto":
@@ -189,7 +201,7 @@ class Hidden(Trainer):
             for each in (source, teacher)
         )
         same_vocabulary(source, teacher, (ours.vocabulary, theirs.vocabulary), run)
-        self._within(source, teacher, task, run)
+        within = self._within(source, teacher, task, run)
         chunk = 1
         if isinstance(task, TextGeneration):
             chunk = chunk_of(ours.vocabulary, run.device) if self.chunk == "auto" else self.chunk
@@ -198,7 +210,12 @@ class Hidden(Trainer):
         if run.training is not None:
             training.check(run.training)
         arithmetic = resolved(self.precision, run.device)
-        return predict(self, source, ours, theirs, arithmetic, run.device, chunk)
+        needs = predict(self, source, ours, theirs, arithmetic, run.device, chunk)
+        # Matrices of both models in float32, with what their gradients take.
+        matrices = _COPIES * 4 * self.batch * self.window**2 * (within.plan.matrices if within else 0)
+        if run.device == "cpu":
+            return replace(needs, host_bytes=needs.host_bytes + matrices)
+        return replace(needs, device_bytes=needs.device_bytes + matrices)
 
     def apply(self, source: "Artifact", target: Path, run: "Run") -> Outcome:
         """Train, take up what was trained before, and write the weights that are kept."""

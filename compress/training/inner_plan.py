@@ -44,7 +44,7 @@ def comparison(wish: Wish, student: Interior, teacher: Interior, *, causal: bool
     """
     pairs = layer_pairs(student.layers, teacher.layers, wish.layer_map)
     related = pairs[-1:] if wish.related == "last" else pairs
-    heads = 0
+    heads, map_heads = 0, 0
     if "maps" in wish.wanted:
         for one, other in pairs:
             ours, theirs = _heads(student, one, "the student"), _heads(teacher, other, "the teacher")
@@ -54,9 +54,10 @@ def comparison(wish: Wish, student: Interior, teacher: Interior, *, causal: bool
                     f"{ours.heads} heads, layer {other} of the teacher {theirs.heads}",
                     "use --relations in place of --maps: they do not need as many heads",
                 )
+            map_heads = ours.heads
     if "relations" in wish.wanted:
         heads = _relation_heads(wish.relation_heads, related, student, teacher)
-    return Plan(wish.wanted, pairs, related, heads, wish.distance, causal)
+    return Plan(wish.wanted, pairs, related, heads, map_heads, wish.distance, causal)
 
 
 def _relation_heads(asked: int | None, pairs: Pairs, student: Interior, teacher: Interior) -> int:

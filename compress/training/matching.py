@@ -43,6 +43,7 @@ class Plan:
         pairs: layers of student and teacher whose hidden states and attention scores are compared.
         related: layers whose relations are compared.
         relation_heads: how many relation heads.
+        map_heads: how many heads each layer has whose scores are compared.
         distance: of hidden states.
         causal: whether a position sees none that come after it.
     """
@@ -51,6 +52,7 @@ class Plan:
     pairs: Pairs
     related: Pairs
     relation_heads: int
+    map_heads: int
     distance: Distance
     causal: bool
 
@@ -58,6 +60,12 @@ class Plan:
     def attention(self) -> bool:
         """Whether queries, keys and values are needed."""
         return "relations" in self.weights or "maps" in self.weights
+
+    @property
+    def matrices(self) -> int:
+        """Matrices ``[length, length]`` of one sequence and one model that are compared."""
+        related = 3 * len(self.related) * self.relation_heads if "relations" in self.weights else 0
+        return related + (len(self.pairs) * self.map_heads if "maps" in self.weights else 0)
 
     def layers(self, side: Literal[0, 1]) -> frozenset[int]:
         """The layers of the student (0) or of the teacher (1) that are needed."""

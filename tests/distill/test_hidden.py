@@ -205,8 +205,14 @@ def test_what_cannot_be_compared_is_refused(place: Path, tmp_path: Path) -> None
     assert "3 entries" in refused(recipe(place, "bert", layer_map=[1, 2, 3]), out).message
     found = refused(recipe(place, "bert", relations=1, relation_heads=5), out)
     assert "5 relation heads do not divide" in found.message
-    assert "encoder" in refused(recipe(place, "bert", cross_entropy=0.5), out).message
-    assert "encoder" in refused(recipe(place, "bert", temperature=2.0), out).message
+    for family, option in (
+        ("bert", {"cross_entropy": 0.5}),
+        ("bert", {"temperature": 2.0}),
+        ("bert", {"chunk": 8}),
+        ("llama", {"pooling": "first"}),
+    ):
+        found = refused(recipe(place, family, **option), out)
+        assert f"{next(iter(option))} means nothing to" in found.message
     assert "nothing to learn" in refused(recipe(place, "bert", teacher="$model"), out).message
     assert "no encoder" in refused(recipe(place, "bert", teacher=str(place / "llama-teacher")), out).message
     with pytest.raises(UsageError, match="every weight is 0"):
@@ -311,3 +317,12 @@ def test_a_missing_pooler_is_no_matter(place: Path, tmp_path: Path) -> None:
     made = recipe(place, "bert", model=tmp_path / "student", tokens=4 * 8 * 16)
     engine.run(made, tmp_path / "out", single=True)
     assert not any("pooler" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_the_plan_predicts_more_for_attention(place: Path, tmp_path: Path) -> None:
+    def needs(**options: Any) -> Any:
+        planned = engine.plan(recipe(place, "bert", **options), tmp_path / "out", single=True)
+        return planned.steps[0].needs
+
+    assert needs(relations=1, relation_layers="all").host_bytes > needs(relations=1).host_bytes
+    assert needs(relations=1).host_bytes > needs().host_bytes

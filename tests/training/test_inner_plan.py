@@ -23,6 +23,7 @@ def test_relation_heads_divide_every_width() -> None:
     # Queries 24 and 32, keys and values 24 and 16.
     plan = comparison(wish(relations=1.0, states=2.0), STUDENT, TEACHER, causal=True)
     assert plan.relation_heads == 4
+    assert plan.matrices == 12
     assert plan.related == ((2, 4),)
     assert plan.pairs == ((1, 2), (2, 4))
     assert plan.weights == {"relations": 1.0, "states": 2.0}

@@ -25,6 +25,7 @@ def plan(**changes: Any) -> Plan:
         "pairs": ((1, 2), (3, 3)),
         "related": ((3, 3),),
         "relation_heads": HEADS,
+        "map_heads": 4,
         "distance": "mse",
         "causal": False,
     }
