@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from compress.models.tasks import Task
     from compress.training.arrangement import Within
     from compress.training.inner_plan import Wish
+    from compress.training.matching import Term
     from compress.training.tutoring import Lesson
 
 
@@ -142,13 +143,13 @@ class Hidden(Trainer):
     def _wish(self) -> "Wish":
         from compress.training.inner_plan import Wish
 
-        weights = {
+        weights: dict[Term, float] = {
             "states": self.states,
             "relations": self.relations,
             "maps": self.maps,
             "embeddings": self.embeddings,
         }
-        return Wish(weights, self.layer_map, self.relation_layers, self.relation_heads, self.distance)  # type: ignore[arg-type]
+        return Wish(weights, self.layer_map, self.relation_layers, self.relation_heads, self.distance)
 
     def _teacher(self, source: "Artifact", run: "Run") -> "tuple[Artifact, Task]":
         from compress.models.tasks import FeatureExtraction, TextClassification, TextGeneration, resolve

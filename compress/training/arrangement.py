@@ -1,5 +1,6 @@
 """Student and teacher in memory together, recorded where that is needed, with the loss between them."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +10,23 @@ from compress.core.artifact import Artifact
 from compress.core.run import Run
 from compress.models.interior import Interior, Recorder, survey
 from compress.models.load import skeleton
-from compress.models.tasks import Task, TextClassification, TextGeneration
+from compress.models.tasks import FeatureExtraction, Task, TextClassification, TextGeneration
 from compress.numerics.inner_states import Distance
 from compress.runtimes import Placement
 from compress.runtimes.torch_eager import load_model
 from compress.training.head import halves
 from compress.training.imitation import Distributions
 from compress.training.matching import VECTOR, Inside, Matching, Plan, Projections
-from compress.training.outputs import Classes, NextTokens, Outputs, Pooling, Side, Vectors, Watched
+from compress.training.outputs import (
+    Classes,
+    NextTokens,
+    Outputs,
+    Pooling,
+    Side,
+    Vectors,
+    Watch,
+    Watched,
+)
 from compress.training.precision import Arithmetic, autocast
 from compress.training.prediction import chunk_of
 from compress.training.tutoring import Lesson
@@ -99,46 +109,46 @@ def arranged(
     """
     model, _ = load_model(teacher, task, Placement(run.device, arithmetic, run.trust_remote_code))
     model.requires_grad_(False)
-    recorders = None
-    watches = ()
+    inside = None
+    watches: tuple[Watch, Watch] = (nullcontext, nullcontext)
     projections = Projections((), (1, 1), run.seed)
     if within is not None:
-        plan = within.plan
-        recorders = tuple(
-            Recorder(each, attention=plan.attention, layers=plan.layers(side))
-            for side, each in ((0, student), (1, model))
-        )
-        watches = tuple(recorder.recording for recorder in recorders)
-        vector = bool(asked.weight) and not isinstance(task, TextGeneration | TextClassification)
+        vector = bool(asked.weight) and isinstance(task, FeatureExtraction)
         projections = within.projections(run.seed, vector=vector).to(run.device)
+        plan = within.plan
+        ours = Recorder(student, attention=plan.attention, layers=plan.layers(0))
+        theirs = Recorder(model, attention=plan.attention, layers=plan.layers(1))
+        watches = ours.recording, theirs.recording
+        inside = Inside(ours, theirs, plan, projections)
     outputs: Outputs
     if isinstance(task, TextGeneration):
         outputs = _next_tokens(student, model, watches, asked, probe, arithmetic, run)
+    elif isinstance(task, TextClassification):
+        outputs = Classes(
+            Side(student, watches[0]),
+            Side(model, watches[1]),
+            asked.padding,
+            arithmetic,
+            temperature=asked.temperature,
+            share=asked.share,
+        )
     else:
-        sides = Side(student, *watches[:1]), Side(model, *watches[1:])
-        if isinstance(task, TextClassification):
-            outputs = Classes(
-                *sides, asked.padding, arithmetic, temperature=asked.temperature, share=asked.share
-            )
-        else:
-            outputs = Vectors(
-                *sides,
-                asked.padding,
-                arithmetic,
-                projection=lambda states: projections.at(VECTOR, states),
-                pooling=asked.pooling,
-                distance=asked.distance,
-            )
-    inside = None
-    if within is not None and recorders is not None:
-        inside = Inside(*recorders, within.plan, projections)
+        outputs = Vectors(
+            Side(student, watches[0]),
+            Side(model, watches[1]),
+            asked.padding,
+            arithmetic,
+            projection=lambda states: projections.at(VECTOR, states),
+            pooling=asked.pooling,
+            distance=asked.distance,
+        )
     return Lesson(Matching(outputs, asked.weight, inside), projections)
 
 
 def _next_tokens(
     student: Any,
     teacher: Any,
-    watches: Any,
+    watches: tuple[Watch, Watch],
     asked: Asked,
     probe: torch.Tensor,
     arithmetic: Arithmetic,
@@ -148,7 +158,7 @@ def _next_tokens(
     probe = probe.to(device)
     with autocast(arithmetic, device):
         cut = halves(student, probe), halves(teacher, probe)
-    ours, theirs = Watched(cut[0], *watches[:1]), Watched(cut[1], *watches[1:])
+    ours, theirs = Watched(cut[0], watches[0]), Watched(cut[1], watches[1])
     objective = Distributions(
         ours,
         theirs,

@@ -22,7 +22,7 @@ from compress.numerics.inner_states import (
     visible,
 )
 from compress.training.objective import Losses, Objective
-from compress.training.outputs import Outputs
+from compress.training.outputs import Outputs, Roots
 
 Term = Literal["states", "relations", "maps", "embeddings"]
 Pairs = Sequence[tuple[int, int]]
@@ -78,6 +78,7 @@ class Plan:
         return ((EMBEDDED,) if "embeddings" in self.weights else ()) + layers
 
 
+@final
 class Projections(nn.ModuleDict):
     """One matrix for each place that is projected, ``[teacher's width, student's width]``, without bias.
 
@@ -96,9 +97,8 @@ class Projections(nn.ModuleDict):
         """States in the teacher's width, in float32; as they are where nothing is projected."""
         if str(place) not in self:
             return states
-        layer = self[str(place)]
-        projected: torch.Tensor = layer(states.to(layer.weight.dtype))
-        return projected
+        weight = self.get_parameter(f"{place}.weight")
+        return nn.functional.linear(states.to(weight.dtype), weight)
 
 
 def _projection(widths: tuple[int, int], seed: int) -> nn.Linear:
@@ -187,7 +187,8 @@ class Matching(Objective):
 
     def learn(self, windows: torch.Tensor, positions: float) -> Losses:
         """See `Objective.learn`."""
-        losses, roots = None, []
+        losses: Losses | None = None
+        roots: Roots = []
         if self._weight:
             losses, roots = self._outputs.learn(windows, positions / self._weight)
         else:
@@ -195,8 +196,8 @@ class Matching(Objective):
         values = self._values(windows)
         if values:
             share = self._outputs.positions(windows) / len(windows) / positions
-            total = sum(self._weights[name] * value.sum() for name, value in values.items()) * share
-            roots.append((total, None))
+            total = torch.stack([self._weights[name] * value.sum() for name, value in values.items()]).sum()
+            roots.append((total * share, None))
         tensors, gradients = zip(*roots, strict=True)
         torch.autograd.backward(tensors, gradients)
         return self._sums(windows, losses, values)
