@@ -58,8 +58,8 @@ OWN: Final[Mapping[str, Mapping[str, Any]]] = {
     # A model that is its own teacher learns from the text alone; and the last weights are not the first.
     "distill.classes": {"cross_entropy": 0.5, "keep": "last"},
     "distill.logits": {"cross_entropy": 0.5, "keep": "last"},
-    # Nor has it anything to tell itself of its hidden states, until a projection stands between.
-    "distill.hidden": {"projection": "always", "keep": "last"},
+    # Of its hidden states it has something to tell itself where layers learn from other ones.
+    "distill.hidden": {"layer_map": [2, 3, 3], "keep": "last"},
     # Three of four heads are no whole groups where two share their keys and values.
     "prune.width": {"keep": 0.5},
     # At 4 bits there is a model here whose rounding no factor makes better.

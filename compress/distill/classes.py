@@ -100,6 +100,8 @@ class Classes(Trainer):
     def apply(self, source: "Artifact", target: Path, run: "Run") -> Outcome:
         """Train, take up what was trained before, and write the weights that are kept."""
         from compress.models.tasks import TextClassification
+        from compress.runtimes import Placement
+        from compress.runtimes.torch_eager import load_model
         from compress.training.arrangement import Asked, arranged
         from compress.training.precision import resolved
         from compress.training.tutoring import padding_of, teach
@@ -109,16 +111,10 @@ class Classes(Trainer):
         asked = Asked(temperature=self.temperature, share=self.cross_entropy, padding=padding)
 
         def lesson(model: Any, text: "TrainingText") -> "Lesson":
-            return arranged(
-                model,
-                teacher,
-                task,
-                asked,
-                None,
-                probe=text.held_out[:1],
-                arithmetic=resolved(self.precision, run.device),
-                run=run,
-            )
+            arithmetic = resolved(self.precision, run.device)
+            guide, _ = load_model(teacher, task, Placement(run.device, arithmetic, run.trust_remote_code))
+            probe = text.held_out[:1, :8]
+            return arranged(model, guide, task, asked, None, probe=probe, arithmetic=arithmetic, run=run)
 
         outcome = teach(self, source, target, run, task, lesson)
         return Outcome({**outcome.decisions, "teacher": teacher.digest}, outcome.tensors)

@@ -166,10 +166,10 @@ class Hidden(Trainer):
                 )
         if isinstance(task, TextClassification):
             same_classes(source, teacher, run)
-        if teacher.digest == source.digest and not self.cross_entropy and self.projection == "auto":
+        if teacher.digest == source.digest and not self.cross_entropy and not self.layer_map:
             raise PlanError(
                 f"teacher and student are the same model ({source.path}): there is nothing to learn",
-                "give another --teacher",
+                "give another --teacher, or a --layer-map by which layers learn from other ones",
             )
         return teacher, task
 
@@ -221,6 +221,8 @@ class Hidden(Trainer):
     def apply(self, source: "Artifact", target: Path, run: "Run") -> Outcome:
         """Train, take up what was trained before, and write the weights that are kept."""
         from compress.models.tasks import TextGeneration
+        from compress.runtimes import Placement
+        from compress.runtimes.torch_eager import load_model
         from compress.training.arrangement import Asked, arranged
         from compress.training.precision import resolved
         from compress.training.tutoring import padding_of, teach
@@ -238,16 +240,10 @@ class Hidden(Trainer):
         )
 
         def lesson(model: Any, text: "TrainingText") -> "Lesson":
-            return arranged(
-                model,
-                teacher,
-                task,
-                asked,
-                within,
-                probe=text.held_out[:1, :8],
-                arithmetic=resolved(self.precision, run.device),
-                run=run,
-            )
+            arithmetic = resolved(self.precision, run.device)
+            guide, _ = load_model(teacher, task, Placement(run.device, arithmetic, run.trust_remote_code))
+            probe = text.held_out[:1, :8]
+            return arranged(model, guide, task, asked, within, probe=probe, arithmetic=arithmetic, run=run)
 
         outcome = teach(self, source, target, run, task, lesson)
         decisions = {**outcome.decisions, "teacher": teacher.digest}

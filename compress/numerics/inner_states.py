@@ -99,7 +99,8 @@ def scores(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Ten
 
 def _relations(states: torch.Tensor, heads: int, seen: torch.Tensor) -> torch.Tensor:
     """Logarithms, ``[batch, heads, length, length]``."""
-    parts = _wide(states).unflatten(-1, (heads, -1)).transpose(1, 2)
+    wide = _wide(states)
+    parts = wide.reshape(*wide.shape[:-1], heads, -1).transpose(1, 2)
     products = parts @ parts.transpose(-1, -2) / math.sqrt(parts.shape[-1])
     return products.masked_fill(~seen[:, None], -torch.inf).log_softmax(-1)
 

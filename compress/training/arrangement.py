@@ -12,8 +12,6 @@ from compress.models.interior import Interior, Recorder, survey
 from compress.models.load import skeleton
 from compress.models.tasks import FeatureExtraction, Task, TextClassification, TextGeneration
 from compress.numerics.inner_states import Distance
-from compress.runtimes import Placement
-from compress.runtimes.torch_eager import load_model
 from compress.training.head import halves
 from compress.training.imitation import Distributions
 from compress.training.matching import VECTOR, Inside, Matching, Plan, Projections
@@ -90,7 +88,7 @@ def interior_of(model: Artifact, task: Task, run: Run) -> Interior:
 
 def arranged(
     student: Any,
-    teacher: Artifact,
+    teacher: Any,
     task: Task,
     asked: Asked,
     within: Within | None,
@@ -99,16 +97,15 @@ def arranged(
     arithmetic: Arithmetic,
     run: Run,
 ) -> Lesson:
-    """The loss of a student that is in memory; the teacher is brought there as the bench would bring it.
+    """The loss of a student and a teacher that are in memory.
 
     Args:
-        student: on its device.
+        student, teacher: on their device.
         task: of both models.
         within: what is compared inside, if anything.
         probe: int64 ``[1, length]``, tokens on which a language model may be tried.
     """
-    model, _ = load_model(teacher, task, Placement(run.device, arithmetic, run.trust_remote_code))
-    model.requires_grad_(False)
+    teacher.requires_grad_(False)
     inside = None
     watches: tuple[Watch, Watch] = (nullcontext, nullcontext)
     projections = Projections((), (1, 1), run.seed)
@@ -117,16 +114,16 @@ def arranged(
         projections = within.projections(run.seed, vector=vector).to(run.device)
         plan = within.plan
         ours = Recorder(student, attention=plan.attention, layers=plan.layers(0))
-        theirs = Recorder(model, attention=plan.attention, layers=plan.layers(1))
+        theirs = Recorder(teacher, attention=plan.attention, layers=plan.layers(1))
         watches = ours.recording, theirs.recording
         inside = Inside(ours, theirs, plan, projections)
     outputs: Outputs
     if isinstance(task, TextGeneration):
-        outputs = _next_tokens(student, model, watches, asked, probe, arithmetic, run)
+        outputs = _next_tokens(student, teacher, watches, asked, probe, arithmetic, run)
     elif isinstance(task, TextClassification):
         outputs = Classes(
             Side(student, watches[0]),
-            Side(model, watches[1]),
+            Side(teacher, watches[1]),
             asked.padding,
             arithmetic,
             temperature=asked.temperature,
@@ -135,7 +132,7 @@ def arranged(
     else:
         outputs = Vectors(
             Side(student, watches[0]),
-            Side(model, watches[1]),
+            Side(teacher, watches[1]),
             asked.padding,
             arithmetic,
             projection=lambda states: projections.at(VECTOR, states),

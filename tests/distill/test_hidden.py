@@ -326,3 +326,10 @@ def test_the_plan_predicts_more_for_attention(place: Path, tmp_path: Path) -> No
 
     assert needs(relations=1, relation_layers="all").host_bytes > needs(relations=1).host_bytes
     assert needs(relations=1).host_bytes > needs().host_bytes
+
+
+def test_a_model_may_learn_from_its_own_upper_layers(place: Path, tmp_path: Path) -> None:
+    made = recipe(place, "bert", teacher="$model", layer_map=[2, 2], outputs=0)
+    engine.run(made, tmp_path / "out", single=True)
+    found = decisions_of(tmp_path / "out")["validation"]
+    assert found["best"]["states"] < found["before"]["states"]

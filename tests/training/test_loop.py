@@ -60,7 +60,10 @@ class Counting(Objective):
         targets = windows[:, 1:].flatten()
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum"), len(targets)
 
-    def learn(self, windows: torch.Tensor, positions: int) -> Losses:
+    def positions(self, windows: torch.Tensor) -> int:
+        return windows[:, 1:].numel()
+
+    def learn(self, windows: torch.Tensor, positions: float) -> Losses:
         loss, count = self._loss(windows, self._noise)
         self._left -= 1
         if self._left == 0:
@@ -281,3 +284,22 @@ def test_a_checkpoint_is_no_pickle_and_holds_all(tmp_path: Path) -> None:
         f"{name}:{key}" for name in ("table", "bias") for key in ("step", "exp_avg", "exp_avg_sq")
     }
     shutil.rmtree(tmp_path)
+
+
+def test_what_is_trained_beside_the_model_learns_and_is_resumed(tmp_path: Path) -> None:
+    """Its zeros are no pruned weights, and a checkpoint holds it."""
+
+    def trained(folder: Path, reporter: Recorder) -> torch.Tensor:
+        model, beside = nn.Linear(2, 2), Table()
+        with torch.no_grad():
+            beside.table.fill_diagonal_(0.0)
+        numbers: Any = build("distill.logits", NUMBERS)
+        run = Run(seed=3, scratch=folder, reporter=reporter)
+        Loop(model, Counting(beside), text(), numbers, run, beside).train()
+        return beside.table.detach()
+
+    whole = trained(tmp_path / "whole", Recorder())
+    assert (whole.diagonal() != 0).all()
+    with pytest.raises(Stop):
+        trained(tmp_path / "parts", Crashing("training.step", 7))
+    assert torch.equal(trained(tmp_path / "parts", Recorder()), whole)
