@@ -84,7 +84,8 @@ def trained(
         "batch": 16,
         "learning_rate": arguments.learning_rate,
         "weight_decay": 0.01,
-        "evaluation_tokens": 500 * WINDOW,
+        "evaluation_tokens": 300 * WINDOW,
+        "checkpoint_every": "60s",
         "evaluate_every": max(1, documents // 16 // 5),
     }
     recipe = {
@@ -210,9 +211,11 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path)
     parser.add_argument("--train", type=Path, default=SHARED / "data/sst2/train.tsv.gz")
     parser.add_argument("--dev", type=Path, default=SHARED / "data/sst2/dev.tsv")
-    parser.add_argument("--teacher-documents", type=int, default=8_000)
-    parser.add_argument("--documents", type=int, default=8_000)
-    parser.add_argument("--ways", nargs="+", default=["hidden", "classes", "labels"])
+    parser.add_argument("--teacher-documents", type=int, default=6_000)
+    parser.add_argument("--documents", type=int, default=6_000)
+    parser.add_argument(
+        "--ways", nargs="+", default=["hidden", "classes", "labels"], choices=["hidden", "classes", "labels"]
+    )
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
