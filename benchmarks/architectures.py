@@ -60,7 +60,10 @@ SMALL: Final[Mapping[str, Any]] = {
 }
 """Options by their names, for whichever method has them: groups that fit narrow layers, and little work."""
 OWN: Final[Mapping[str, Mapping[str, Any]]] = {
+    # Of its hidden states it has something to tell itself where layers learn from other ones.
+    "distill.hidden": {"layer_map": [2, 3, 3], "keep": "last"},
     # The last weights are not the first.
+    "distill.classes": {"cross_entropy": 0.5, "keep": "last"},
     "distill.logits": {"keep": "last"},
     "distill.on_policy": {"keep": "last"},
     # Less than a step of the grid would be rounded away.

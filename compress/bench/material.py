@@ -21,6 +21,7 @@ from compress.core.artifact import Artifact
 from compress.core.bench import Bench
 from compress.core.errors import CompressError, DataError, UsageError
 from compress.data.corpora import Documents
+from compress.data.labels import number_of
 from compress.models.load import tokenizer as load_tokenizer
 from compress.models.positions import positions as model_positions
 from compress.models.tasks import Task
@@ -230,21 +231,7 @@ def _labels(documents: Documents, count: int, config: Mapping[str, Any]) -> tupl
     """Label numbers of the first documents; none where the text has no labels."""
     if documents.records is None or any("label" not in record for record in documents.records[:count]):
         return None
-    words = {str(word): int(number) for word, number in (config.get("label2id") or {}).items()}
-    labels = []
-    for record in documents.records[:count]:
-        label = record["label"]
-        if str(label) in words:
-            labels.append(words[str(label)])
-            continue
-        try:
-            labels.append(int(label))
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"label {label!r} is no number and no label of the model",
-                f"the model knows: {', '.join(words) or 'no labels by name'}",
-            ) from error
-    return tuple(labels)
+    return tuple(number_of(record["label"], config) for record in documents.records[:count])
 
 
 def _fingerprint(protocol: Mapping[str, Any]) -> str:

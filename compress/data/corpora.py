@@ -2,10 +2,12 @@
 
 A source is one of
 
-- a text file, plain or ``.gz``, UTF-8. Where ``<|endoftext|>`` occurs it parts documents; without it
-  the file is one document. Documents are stripped of white space at both ends, empty ones dropped;
+- a text file, plain or ``.gz``, UTF-8. Where ``<|endoftext|>`` occurs it parts documents; without it the
+  file is one document. Documents are stripped of white space at both ends, empty ones dropped;
 - JSON lines (``.jsonl``, ``.json``, ``.ndjson``, also ``.gz``): one object a line, one document each;
-- a table (``.tsv``, also ``.gz``) whose first line names its columns: one document a line;
+- a table (``.tsv`` or ``.csv``, also ``.gz``) whose first line names its columns: one document a row. The
+  cells of a ``.csv`` may be quoted, and then hold commas and line ends; those of a ``.tsv`` are taken as
+  they are;
 - ``hf:NAME[:CONFIG][:SPLIT][:COLUMN]``, or a plain hub id, read through the optional package
   ``datasets``; a part may be left empty (``hf:wikitext:wikitext-2-raw-v1::text``). Without a split
   ``train`` is taken, without a column ``text``;
@@ -22,6 +24,7 @@ Nothing is skipped in silence: a byte that is not text, a line that does not par
 its field is an error that says where it is.
 """
 
+import csv
 import hashlib
 import itertools
 import json
@@ -43,8 +46,8 @@ SEPARATOR = "<|endoftext|>"
 TEXT_FIELDS = ("text", "sentence", "context", "query")
 
 _RECORD_SUFFIXES = (".jsonl", ".json", ".ndjson")
-_TABLE_SUFFIXES = (".tsv",)
-_FILE_SUFFIXES = (*_RECORD_SUFFIXES, *_TABLE_SUFFIXES, ".txt", ".text", ".gz", ".csv", ".md", ".safetensors")
+_TABLE_SUFFIXES = (".tsv", ".csv")
+_FILE_SUFFIXES = (*_RECORD_SUFFIXES, *_TABLE_SUFFIXES, ".txt", ".text", ".gz", ".md", ".safetensors")
 _LEFT_OUT = " \t\n\r\v\f"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -222,7 +225,7 @@ def _locate(source: str) -> _Located:
         if not located.holds_records:
             raise UsageError(
                 f"'{source}' names a field of {bare}, which holds plain text",
-                "fields are for JSON lines (.jsonl) and tables (.tsv)",
+                "fields are for JSON lines (.jsonl) and tables (.tsv, .csv)",
             )
         return located
     if _looks_like_a_file(source):
@@ -365,8 +368,7 @@ def _objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     columns: list[str] = []
-    for number, line in enumerate(lines(file), start=1):
-        cells = line.rstrip("\r\n").split("\t")
+    for number, cells in _cells(file):
         if not columns:
             columns = cells
             if "" in columns or len(set(columns)) < len(columns):
@@ -376,10 +378,28 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         elif len(cells) != len(columns):
             raise DataError(
                 f"{file} line {number} has {len(cells)} columns, its first line names {len(columns)}",
-                "a table's cells hold no tab; save the data as JSON lines",
+                "a cell that holds what parts cells has to be quoted (.csv); or save the data as JSON lines",
             )
         else:
             yield f"line {number}", dict(zip(columns, cells, strict=True))
+
+
+def _cells(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each row with the line that it ends on; empty lines of a ``.csv`` are passed over."""
+    if file.name.removesuffix(".gz").lower().endswith(".tsv"):
+        for number, line in enumerate(lines(file), start=1):
+            yield number, line.rstrip("\r\n").split("\t")
+        return
+    reader = csv.reader(lines(file), strict=True)
+    try:
+        for cells in reader:
+            if cells:
+                yield reader.line_num, cells
+    except csv.Error as error:
+        raise DataError(
+            f"{file} line {reader.line_num} is no row of a table: {error}",
+            "cells are parted by commas, and quoted where they hold one",
+        ) from error
 
 
 def _update(digest: "hashlib._Hash", text: str) -> None:

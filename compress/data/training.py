@@ -50,7 +50,7 @@ class TrainingText:
 
 def needs_tokenizer(source: TrainingSource) -> bool:
     """Whether any of the texts is text, and not a file of tokens."""
-    return any(not text.endswith(".safetensors") for text in _texts(source) if text is not None)
+    return any(not text.endswith(".safetensors") for text in texts_of(source) if text is not None)
 
 
 def check(source: TrainingSource) -> None:
@@ -59,11 +59,11 @@ def check(source: TrainingSource) -> None:
     Raises:
         DataError, UsageError, EnvironmentFault: missing, unreadable, empty or binary.
     """
-    for text in _texts(source):
+    for text in texts_of(source):
         if text is None:
             continue
         if text.endswith(".safetensors"):
-            _shape(text)
+            shape_of_tokens(text)
         else:
             corpora.check(text)
 
@@ -74,7 +74,7 @@ def digest_of_source(source: TrainingSource) -> str:
     Raises:
         DataError, UsageError, EnvironmentFault: a text is missing or cannot be read.
     """
-    digests = [None if text is None else corpora.content_digest(text) for text in _texts(source)]
+    digests = [None if text is None else corpora.content_digest(text) for text in texts_of(source)]
     return hashlib.sha256(repr(digests).encode()).hexdigest()
 
 
@@ -122,7 +122,7 @@ def draw(
             + ("no tokenizer" if tokenizer is None else "a tokenizer without one"),
             "give the tokenizer an eos_token, or leave `documents` at joined",
         )
-    training, validation = _texts(source)
+    training, validation = texts_of(source)
     if validation is not None:
         trained = _windows(training, tokenizer, seed, vocabulary_size, windows, length)
         judged = _windows(validation, tokenizer, seed, vocabulary_size, held_out, length)
@@ -148,7 +148,7 @@ def draw(
     )
 
 
-def _texts(source: TrainingSource) -> tuple[str, str | None]:
+def texts_of(source: TrainingSource) -> tuple[str, str | None]:
     """The texts with their splits."""
     training = corpora.in_split(source.text, Split.TRAIN)
     if source.validation is not None:
@@ -168,7 +168,7 @@ def _windows(
 ) -> torch.Tensor:
     """At most ``count`` windows of a text, int64 ``[windows, length]``, in an order drawn by the seed."""
     if text.endswith(".safetensors"):
-        present, width = _shape(text)
+        present, width = shape_of_tokens(text)
         if width != length:
             raise DataError(
                 f"{text} holds windows of {width} tokens, wanted {length}", f"set --window {width}"
@@ -261,7 +261,7 @@ def permutation(name: str, count: int) -> list[int]:
     return [at for _, at in sorted(ranks)]
 
 
-def _shape(text: str) -> tuple[int, int]:
+def shape_of_tokens(text: str) -> tuple[int, int]:
     """Windows and tokens in each of a file of tokens."""
     file = corpora.file_of(text)
     if file is None:

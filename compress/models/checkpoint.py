@@ -65,7 +65,8 @@ class Checkpoint:
         return targets
 
     def _passed_over(self) -> frozenset[str]:
-        """Names on disk that transformers leaves unread: buffers that older versions used to store."""
+        """Names on disk that transformers leaves unread: buffers that older versions used to store, and the
+        head of a model of which the body alone is read."""
         known = self.model.state_dict()
         strange = {target for target in self.target.values() if target not in known}
         report = LoadStateDictInfo(
@@ -78,6 +79,9 @@ class Checkpoint:
         )
         self.model._adjust_missing_and_unexpected_keys(report)
         left = strange - report.unexpected_keys
+        body = f"{self.model.base_model_prefix}."
+        if self.model.base_model is self.model and any(name.startswith(body) for name in self.names):
+            left |= {target for target in strange if not target.startswith(body)}
         return frozenset(name for name, target in self.target.items() if target in left)
 
     @property

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from compress.data.training import TrainingText
     from compress.training.head import Halves
     from compress.training.imitation import Teacher
-    from compress.training.loop import Trained
     from compress.training.objective import Objective
     from compress.training.packing import Packing
     from compress.training.precision import Arithmetic
@@ -68,6 +67,10 @@ class Distiller(Trainer):
         """How tokens are compared."""
 
     @abstractmethod
+    def guide(self, teacher: "Artifact", run: "Run", arithmetic: "Arithmetic") -> Any:
+        """The teacher in memory, as the bench would bring it there."""
+
+    @abstractmethod
     def objective(
         self,
         model: Any,
@@ -108,42 +111,27 @@ class Distiller(Trainer):
 
     def apply(self, source: "Artifact", target: Path, run: "Run") -> Outcome:
         """Train, take up what was trained before, and write the weights that are kept."""
-        import torch
-
-        from compress.core.artifact import TRAINING_FILE
-        from compress.training.loop import Loop
+        from compress.models.tasks import TextGeneration
         from compress.training.packing import Packing
-        from compress.training.precision import deterministic, resolved
-        from compress.training.trainee import means_of, trainee_of
+        from compress.training.precision import resolved
+        from compress.training.teacher import tables
+        from compress.training.tutoring import Lesson, halves_of, teach
         from compress.training.vocabularies import restricted
 
         teacher = self._found(source, run)
         arithmetic = resolved(self.precision, run.device)
-        with deterministic(torch.device(run.device)):
-            student = trainee_of(self, source, run)
-            sizes = _tables(source, teacher, run)
-            count = self._compared(source, teacher, sizes, run)
+        sizes = tables(source, teacher, TextGeneration(), run)
+        count = self._compared(source, teacher, sizes, run)
+
+        def lesson(model: Any) -> Lesson:
             text, teaching, told = self._lessons(source, teacher, run, count, arithmetic)
-            run.reporter.message(text.description)
-            run.scratch.mkdir(parents=True, exist_ok=True)
-            parts = restricted(_halves(student.model, text, run, arithmetic), sizes[0], count)
+            parts = restricted(halves_of(model, text, run, arithmetic), sizes[0], count)
             objective = self.objective(
-                student.model, parts, teaching, self._chunk(sizes[0], run), arithmetic, Packing(text.end)
+                model, parts, teaching, self._chunk(sizes[0], run), arithmetic, Packing(text.end)
             )
-            trained = Loop(student.model, objective, text, self, run).train()
-        if trained.kept == 0:
-            run.reporter.message(
-                "warning: no step made the validation loss smaller; the weights are those of the source "
-                "(other --learning-rate or --train?)"
-            )
-            student.reload()
-        told |= student.settle(target, lambda: means_of(objective, text.held_out, self.batch, run.device))
-        heard: Any = lambda file, name: run.reporter.event("shard.tensor", file=file, tensor=name)  # noqa: E731
-        meant = student.write(target, heard)
-        (target / TRAINING_FILE).write_text(trained.history.csv(), encoding="utf-8")
-        changed = sum(entry.changed for entry in meant.values())
-        decisions = {"changed": changed, "precision": arithmetic, **_told(trained, text, self)}
-        return Outcome({**decisions, "teacher": teacher.digest, **told}, meant)
+            return Lesson(text, objective, told={"teacher": teacher.digest, **told})
+
+        return teach(self, source, target, run, lesson)
 
     def _found(self, source: "Artifact", run: "Run") -> "Artifact":
         from compress.training.teacher import teacher_of
@@ -186,10 +174,11 @@ class Distiller(Trainer):
         """What the teacher said, once it is clear that it is of this teacher, tokenizer, text and window."""
         from compress.data import training
         from compress.training.teacher_cache import Origin, TeacherCache, vocabulary_digest
+        from compress.training.tutoring import words_of
 
         cache = TeacherCache.open(folder)
         if run.training is not None:
-            words = _tokenizer(source, run)
+            words = words_of(self, source, run)
             cache.check(
                 Origin(
                     teacher=teacher.digest,
@@ -204,93 +193,21 @@ class Distiller(Trainer):
         self, source: "Artifact", teacher: "Artifact", run: "Run", vocabulary: int, arithmetic: "Arithmetic"
     ) -> "tuple[TrainingText, Teacher, dict[str, Any]]":
         """What is trained on, who teaches it, and what the lineage remembers of that."""
-        from compress.data import training
         from compress.models.tasks import TextGeneration
-        from compress.runtimes import Placement
-        from compress.runtimes.torch_eager import load_model
         from compress.training.across import ForeignTeacher
         from compress.training.imitation import LiveTeacher
+        from compress.training.tutoring import drawn, halves_of
         from compress.training.vocabularies import restricted, translation
 
         count = self.steps * self.batch * self.accumulation
         if self.stored is not None:
             cache = self._opened(self.stored, source, teacher, run)
             return cache.text(count, self.evaluation_windows), cache, {"teacher_cache": cache.facts}
-        if run.training is None:
-            raise PlanError("the method needs training text", "give --train TEXT or data.train")
-        apart = self.documents == "apart"
-        text = training.draw(
-            run.training,
-            _tokenizer(source, run, always=apart),
-            run.seed,
-            vocabulary,
-            windows=count,
-            held_out=self.evaluation_windows,
-            length=self.window,
-            apart=apart,
-        )
-        # As the bench would bring it into memory.
-        placement = Placement(run.device, arithmetic, run.trust_remote_code)
-        model, _ = load_model(teacher, TextGeneration(), placement)
-        parts = _halves(model.requires_grad_(False), text, run, arithmetic)
+        text = drawn(self, source, run, TextGeneration(), vocabulary)
+        model = self.guide(teacher, run, arithmetic)
+        parts = halves_of(model.requires_grad_(False), text, run, arithmetic)
         if self.comparison != "same":
             words = translation(source, teacher, run)
             return text, ForeignTeacher(parts, words), {"pairs": len(words.pairs)}
         rows = int(model.get_input_embeddings().weight.shape[0])
         return text, LiveTeacher(restricted(parts, rows, vocabulary)), {"compared_tokens": vocabulary}
-
-
-def _tokenizer(source: "Artifact", run: "Run", *, always: bool = False) -> Any:
-    """The student's tokenizer, where the texts are text and not tokens, or it is needed all the same."""
-    from compress.data import training
-    from compress.models.load import tokenizer
-
-    if run.training is None or not (always or training.needs_tokenizer(run.training)):
-        return None
-    return tokenizer(source, trust_remote_code=run.trust_remote_code)
-
-
-def _halves(model: Any, text: "TrainingText", run: "Run", arithmetic: "Arithmetic") -> "Halves":
-    import torch
-
-    from compress.training.head import halves
-    from compress.training.packing import Packing
-    from compress.training.precision import autocast
-
-    device = torch.device(run.device)
-    packing = Packing(text.end)
-    # Another vocabulary may end earlier, and any token will do.
-    probe = text.held_out[:1, :8].clamp(max=model.get_input_embeddings().weight.shape[0] - 1)
-    packing.check(model, probe.to(device))
-    with autocast(arithmetic, device):
-        return halves(model, probe.to(device), packing.batch)
-
-
-def _tables(source: "Artifact", teacher: "Artifact", run: "Run") -> tuple[int, int]:
-    """Rows of the tables of student and teacher."""
-    from compress.models.load import skeleton
-
-    models = (
-        skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code),
-        skeleton(teacher, task="auto", trust_remote_code=run.trust_remote_code),
-    )
-    ours, theirs = (int(model.get_input_embeddings().weight.shape[0]) for model in models)
-    return ours, theirs
-
-
-def _told(trained: "Trained", text: "TrainingText", method: Trainer) -> dict[str, Any]:
-    """What the lineage remembers of a training; the rest is in its table."""
-    history = trained.history
-    return {
-        "steps": trained.steps,
-        "tokens": trained.steps * method.step_tokens,
-        "windows": len(text.windows),
-        "zeros_kept": trained.zeros,
-        "kept_step": trained.kept,
-        "validation": {
-            "windows": len(text.held_out),
-            "before": history.evaluation(0),
-            "last": history.evaluation(trained.steps),
-            "best": {"step": trained.best, **history.evaluation(trained.best)},
-        },
-    }

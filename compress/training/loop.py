@@ -92,13 +92,20 @@ class Loop:
         text: what it is learned from.
         numbers: of the optimisation.
         run: the circumstances.
+        beside: what is trained together with the model and thrown away in the end (projections), if anything.
 
     Raises:
         PlanError: there are more processes than windows in a step.
     """
 
     def __init__(
-        self, model: Any, objective: Objective, text: TrainingText, numbers: Trainer, run: Run
+        self,
+        model: Any,
+        objective: Objective,
+        text: TrainingText,
+        numbers: Trainer,
+        run: Run,
+        beside: torch.nn.Module | None = None,
     ) -> None:
         self._processes = Processes()
         if self._processes.count > numbers.batch * numbers.accumulation:
@@ -117,6 +124,8 @@ class Loop:
         self._parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         # Taken from the weights as they came, before any checkpoint is taken up.
         self._kept = _nonzero(self._parameters) if numbers.zeros == "keep" else {}
+        if beside is not None:
+            self._parameters |= {f"beside.{name}": weight for name, weight in beside.named_parameters()}
         self._optimiser = _adamw(self._parameters, numbers)
         self._checkpoints = Checkpoints(run.scratch, self._parameters, self._optimiser, run.reporter)
         self._batches = Batches(text.windows, numbers.batch * numbers.accumulation, run.seed)

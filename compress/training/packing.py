@@ -51,6 +51,14 @@ class Packing:
         """Whether the token after a position is predicted from it, bool ``[batch, length - 1]``."""
         return ~self.starts(tokens)[:, 1:]
 
+    def counts(self, tokens: torch.Tensor) -> torch.Tensor:
+        """How many positions of each window are predicted, int64 ``[batch]``."""
+        return self.predicted(tokens).sum(1)
+
+    def numbers(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Which document each token belongs to, counted from 1, int64 ``[batch, length]``."""
+        return 1 + self.starts(tokens).cumsum(1)
+
     def rows(self, tokens: torch.Tensor, prompt: int = 1) -> torch.Tensor:
         """The numbers of the predicted positions among all ``batch * (length - 1)``, int64.
 

@@ -86,6 +86,7 @@ def predict(
     arithmetic: Arithmetic,
     device: str,
     chunk: int,
+    beside: int = 0,
 ) -> Needs:
     """Disk, memory and time of a training.
 
@@ -93,6 +94,11 @@ def predict(
     Checkpoints are weights and moments, for a moment twice, and the best weights, for a moment twice.
     Under a launcher each process holds all that, with its share of the windows, and those of one machine
     share its host memory.
+
+    Args:
+        teacher: ``None`` where it is not run.
+        chunk: positions whose logits are computed at once.
+        beside: bytes that an objective takes for each window besides.
     """
     here = launch()
     windows = min(numbers.batch, -(-numbers.batch * numbers.accumulation // here.count))
@@ -113,7 +119,7 @@ def predict(
         operations += 2 * teacher.multiplied * (trained + judged)
     rate = _rate(arithmetic, torch.device(device)) * here.count
     seconds = operations / rate + 3 * weights / 500e6
-    working = models + activations + logits
+    working = models + activations + logits + windows * beside
     on_device = 0 if device == "cpu" else working
     host = IMPORT_BYTES + drawn + (working if device == "cpu" else 4 * student.parameters)
     return Needs(weights + 32 * learned, host * here.local_count, on_device, seconds)

@@ -21,6 +21,7 @@ from compress.formats.shards import write_index, write_shard
 from compress.models.checkpoint import Checkpoint
 from compress.models.headers import read_model
 from compress.models.load import loaded_dtype, skeleton
+from compress.models.tasks import FeatureExtraction, resolve
 from compress.numerics.affine import Quantized, quantize
 from compress.numerics.fingerprint import fingerprint
 from compress.training import integers
@@ -63,6 +64,8 @@ class Student(Trainee):
         self._device = torch.device(run.device)
         self._found = integers.survey(source, run) if integers.is_quantized(source) else None
         self._grids: dict[str, integers.Grid] = {}
+        # A pooler is no part of hidden states, and encoders that filled in words come without one.
+        self._lacks_parts = isinstance(resolve(run.task, source.config), FeatureExtraction)
         if self._found is None:
             self.model: Any = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
             self._checkpoint = Checkpoint(source, self.model)
@@ -86,6 +89,8 @@ class Student(Trainee):
             # Off the grid they are what their integers stand for, and are rounded to them again when written.
             self._grids = {}
             integers.load(self._found, self._device)
+        if self._lacks_parts:
+            fill_absent_parts(self.model)
         self._checkpoint.require_filled("")
         self.model.to(self._device)
         for weight in self.model.parameters():
@@ -196,6 +201,16 @@ class Student(Trainee):
                 parts = self._checkpoint.to_disk({target: weight})
                 values |= {name: part for name, part in parts.items() if name in names}
         return values
+
+
+def fill_absent_parts(model: Any) -> None:
+    """Give zeros to parts of a model that have no weight on disk at all, so that it can be run."""
+    for part in model.children():
+        weights = list(part.parameters())
+        if weights and all(weight.is_meta for weight in weights):
+            for module in part.modules():
+                for leaf, weight in list(module.named_parameters(recurse=False)):
+                    module._parameters[leaf] = torch.nn.Parameter(torch.zeros_like(weight, device="cpu"))
 
 
 def _distance(before: torch.Tensor, after: torch.Tensor) -> float:

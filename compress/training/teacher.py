@@ -5,56 +5,65 @@ from compress.core.errors import PlanError
 from compress.core.facts import Fact
 from compress.core.passes import name_of
 from compress.core.run import Run
-from compress.models.load import tokenizer
+from compress.models.load import configuration, skeleton, tokenizer
 from compress.models.positions import positions
-from compress.models.tasks import TextGeneration, resolve
+from compress.models.tasks import Task, TextGeneration, resolve
 from compress.training.trainer import Trainer
 
 _RUNS = "compressed-tensors"
 """Quantized models that stock transformers runs without another package."""
 
 
-def teacher_of(method: Trainer, option: str, source: Artifact, run: Run) -> Artifact:
+def teacher_of(
+    method: Trainer,
+    option: str,
+    source: Artifact,
+    run: Run,
+    tasks: tuple[type[Task], ...] = (TextGeneration,),
+) -> Artifact:
     """The model that an option names, after what can be refused from configurations alone.
 
     Args:
         method: with the numbers of the training.
         option: the field that names the teacher.
         source: the student.
+        tasks: what the method is for; the teacher's task is the student's.
 
     Raises:
-        PlanError: no text, another task than writing text, a teacher that cannot be run, or windows longer
+        PlanError: no text, another task, a teacher that cannot be run, or windows longer
             than one of the models takes.
     """
     use = name_of(method)
     if run.training is None:
         raise PlanError(f"{use} needs training text", "give --train TEXT or data.train")
-    if not isinstance(resolve(run.task, source.config), TextGeneration):
+    task = resolve(run.task, source.config)
+    if not isinstance(task, tasks):
+        wanted = " or ".join(f"a {each.title}" for each in tasks)
         raise PlanError(
-            f"{use} trains models that write text, and {source.path} is made for something else",
-            "leave it out of the recipe, or start from a causal language model",
+            f"{use} trains {wanted}, and {source.path} is another kind of model: {task.title}",
+            f"leave it out of the recipe, or start from {wanted}",
         )
     if option not in run.models:
         raise PlanError(
             f"the {option} of {use} is not at hand", f"hand its folder over in Run.models['{option}']"
         )
     teacher = Artifact.open(run.models[option])
-    check_teacher(teacher)
+    check_teacher(teacher, type(task))
     for model in (source, teacher):
         check_room(model, method.window)
     return teacher
 
 
-def check_teacher(teacher: Artifact) -> None:
+def check_teacher(teacher: Artifact, task: type[Task] = TextGeneration) -> None:
     """Refuse a model that cannot teach, whoever the student is.
 
     Raises:
-        PlanError: it writes no text, or cannot be run here.
+        PlanError: it is made for another task, or cannot be run here.
     """
     if Fact.TRANSFORMERS not in teacher.facts:
         raise PlanError(f"teacher {teacher.path} is no transformers model", "give a model folder or a hub id")
-    if not isinstance(resolve("auto", teacher.config), TextGeneration):
-        raise PlanError(f"teacher {teacher.path} is no causal language model", "give one that is")
+    if not isinstance(resolve("auto", teacher.config), task):
+        raise PlanError(f"teacher {teacher.path} is no {task.title}", "give one that is")
     quantization = teacher.config.get("quantization_config") or {}
     kind = quantization.get("quant_method", _RUNS)
     if kind != _RUNS:
@@ -124,3 +133,37 @@ def same_vocabulary(source: Artifact, teacher: Artifact, sizes: tuple[int, int],
             "does the tokenizer belong to the model?",
         )
     return count
+
+
+def tables(source: Artifact, teacher: Artifact, task: Task, run: Run) -> tuple[int, int]:
+    """Rows of the embeddings of student and teacher."""
+    models = (
+        skeleton(model, task=task.name, trust_remote_code=run.trust_remote_code)
+        for model in (source, teacher)
+    )
+    ours, theirs = (int(model.get_input_embeddings().weight.shape[0]) for model in models)
+    return ours, theirs
+
+
+def same_classes(source: Artifact, teacher: Artifact, run: Run) -> int:
+    """How many classes both models know; refuses a teacher whose classes are others.
+
+    Raises:
+        PlanError: saying what differs.
+    """
+    ours, theirs = (
+        configuration(model.path, trust_remote_code=run.trust_remote_code).id2label
+        for model in (source, teacher)
+    )
+    if ours != theirs:
+        raise PlanError(
+            f"the classes differ: {source.path} has {_listed(ours)}, teacher {teacher.path} has "
+            f"{_listed(theirs)}",
+            "a teacher has to have the student's classes, under the same names (id2label in config.json)",
+        )
+    return len(ours)
+
+
+def _listed(classes: dict[int, str]) -> str:
+    names = ", ".join(classes[number] for number in sorted(classes)[:3])
+    return f"{len(classes)} ({names}{', ...' if len(classes) > 3 else ''})"

@@ -112,6 +112,17 @@ def test_tables_name_their_columns(tmp_path: Path) -> None:
         corpora.documents(write(tmp_path / "c.tsv", "gj04\t1\t\tThe sailors\n"))
 
 
+def test_the_cells_of_a_csv_may_be_quoted(tmp_path: Path) -> None:
+    text = 'text,label\n"a, ""b""\nc",1\n\nplain,0\n'
+    found = corpora.documents(write(tmp_path / "a.csv", text))
+    assert found.texts == ['a, "b"\nc', "plain"]
+    assert found.records == [{"text": 'a, "b"\nc', "label": "1"}, {"text": "plain", "label": "0"}]
+    with pytest.raises(DataError, match="line 2 has 3 columns"):
+        corpora.documents(write(tmp_path / "b.csv", "text,label\na,b,c\n"))
+    with pytest.raises(DataError, match="line 2 is no row of a table"):
+        corpora.documents(write(tmp_path / "c.csv", 'text,label\n"a" b,c\n'))
+
+
 @pytest.mark.parametrize(
     ("body", "complaint"),
     [

@@ -63,7 +63,7 @@ class Counting(Objective):
     def positions(self, windows: torch.Tensor) -> int:
         return windows.shape[0] * (windows.shape[1] - 1)
 
-    def learn(self, windows: torch.Tensor, positions: int) -> Losses:
+    def learn(self, windows: torch.Tensor, positions: float) -> Losses:
         loss, count = self._loss(windows, self._noise)
         self._left -= 1
         if self._left == 0:
@@ -334,3 +334,22 @@ def test_every_step_draws_for_itself(tmp_path: Path) -> None:
         _, again = train(tmp_path / "three", accumulation=1, batch=4)
     assert other.history.csv() == again.history.csv()
     assert trained.history.rows[1]["loss"] != trained.history.rows[2]["loss"]
+
+
+def test_what_is_trained_beside_the_model_learns_and_is_resumed(tmp_path: Path) -> None:
+    """Its zeros are no pruned weights, and a checkpoint holds it."""
+
+    def trained(folder: Path, reporter: Recorder) -> torch.Tensor:
+        model, beside = nn.Linear(2, 2), Table()
+        with torch.no_grad():
+            beside.table.fill_diagonal_(0.0)
+        numbers: Any = build("distill.logits", NUMBERS)
+        run = Run(seed=3, scratch=folder, reporter=reporter)
+        Loop(model, Counting(beside), text(), numbers, run, beside).train()
+        return beside.table.detach()
+
+    whole = trained(tmp_path / "whole", Recorder())
+    assert (whole.diagonal() != 0).all()
+    with pytest.raises(Stop):
+        trained(tmp_path / "parts", Crashing("training.step", 7))
+    assert torch.equal(trained(tmp_path / "parts", Recorder()), whole)

@@ -19,6 +19,7 @@ from compress.bench.metrics._likelihood import DELIMITER, Reader, for_each_batch
 from compress.bench.metrics._text_scores import bleu, exact_match, rouge, token_f1, word_errors
 from compress.core.errors import CompressError, DataError, EnvironmentFault, ModelError
 from compress.core.measurement import Measurement
+from compress.data.labels import number_of
 from compress.data.suites import (
     Classification,
     Cloze,
@@ -179,7 +180,7 @@ def _classification(subject: Subject, examples: Sequence[Classification]) -> _Sc
             "for a language model give query, choices and gold"
         )
     config = subject.artifact.config
-    gold = np.array([_label(example.label, config) for example in examples], dtype=np.int64)
+    gold = np.array([number_of(example.label, config) for example in examples], dtype=np.int64)
     tokenizer = load_tokenizer(subject.artifact, trust_remote_code=subject.options.trust_remote_code)
     longest = min(int(config.get("max_position_embeddings") or _LONGEST_CLASSIFIED), _LONGEST_CLASSIFIED)
     texts = [example.text for example in examples]
@@ -207,22 +208,6 @@ def _classification(subject: Subject, examples: Sequence[Classification]) -> _Sc
         Column(CALIBRATION, calibration_error(probabilities.max(-1), right)),
     )
     return _Scored(columns, {"longest": longest})
-
-
-def _label(label: int | str, config: Mapping[str, Any]) -> int:
-    words = {str(word): int(number) for word, number in (config.get("label2id") or {}).items()}
-    if str(label) in words:
-        return words[str(label)]
-    try:
-        number = int(label)
-    except ValueError:
-        number = -1
-    if number < 0:
-        known = ", ".join(words) or "no labels by name"
-        raise DataError(
-            f"label {label!r} is no number and no label of the model", f"the model knows: {known}"
-        )
-    return number
 
 
 def _question_answering(subject: Subject, examples: Sequence[QuestionAnswering]) -> _Scored:
