@@ -177,10 +177,10 @@ def test_a_log_whose_reader_leaves_ends_the_run_quietly() -> None:
         "import sys\n"
         "from compress import engine\n"
         "from compress.cli import app\n"
-        "def plan(recipe, out, *, reporter, **rest):\n"
+        "def run(recipe, out, *, reporter, **rest):\n"
         "    for number in range(100_000):\n"
         "        reporter.event('block.solve', block=number)\n"
-        "engine.plan = plan\n"
+        "engine.run = run\n"
         "sys.exit(app.main(['quantize', 'rtn', 'm', '--out', 'o', '--json']))\n"
     )
     process = subprocess.Popen(

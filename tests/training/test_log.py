@@ -128,9 +128,11 @@ def test_mlflow_gets_one_run_also_of_a_resumed_run(tmp_path: Path, monkeypatch: 
     ]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning:mlflow")
 def test_mlflow_itself_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow", reason="the extra [mlflow] is not installed")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "runs").as_uri())
     write("mlflow", tmp_path, 0, ROWS[:2])
     write("mlflow", tmp_path, 1, ROWS[2:])
     found = mlflow.search_runs(output_format="list")
