@@ -24,7 +24,7 @@ demo: $(INSTALLED)
 	$(BIN)/compress run recipes/quickstart.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_FLAGS)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow and not gpu and not peer" $(PYTEST_FLAGS)

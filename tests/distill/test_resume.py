@@ -79,12 +79,12 @@ def whole(place: Path) -> dict[str, bytes]:
     [
         ("training.step", 2, 0),
         ("checkpoint.finish", 1, 2),
-        ("checkpoint.tensor", 50, 0),
-        ("training.step", 6, 4),
-        ("checkpoint.finish", 3, 6),
+        pytest.param("checkpoint.tensor", 50, 0, marks=pytest.mark.slow),
+        pytest.param("training.step", 6, 4, marks=pytest.mark.slow),
+        pytest.param("checkpoint.finish", 3, 6, marks=pytest.mark.slow),
         ("shard.tensor", 5, STEPS),
-        ("verify.block", 2, STEPS),
-        ("artifact.rename", 1, STEPS),
+        pytest.param("verify.block", 2, STEPS, marks=pytest.mark.slow),
+        pytest.param("artifact.rename", 1, STEPS, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_losses_and_bytes(

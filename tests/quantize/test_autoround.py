@@ -25,6 +25,7 @@ from compress.quantize.rtn import Rtn
 from compress.sweep.joint import BlockProblem
 from compress.sweep.matrices import Matrix
 from tests import models_zoo
+from tests.marks import slow_but
 
 
 def matrix(name: str, rows: int, columns: int) -> Matrix:
@@ -283,7 +284,10 @@ def quantized(folder: Path, name: str, out: str, **options: Any) -> tuple[Path, 
     return result.final, lineage.steps[-1].decisions["layers"]
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2-sliding", "gemma3", "bert", "albert"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(("llama", "mixtral"), ("llama", "mixtral", "qwen2-sliding", "gemma3", "bert", "albert")),
+)
 def test_the_error_of_blocks_falls_on_every_kind_of_model(name: str, tmp_path: Path) -> None:
     _, layers = quantized(tmp_path, name, "out", rate=0.02)
     before = sum(float(row["block_error_before"]) for row in layers.values())

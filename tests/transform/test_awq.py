@@ -18,6 +18,7 @@ from compress.numerics.smoothing import Moments, Reading, search_scales
 from compress.transform.awq import Awq
 from compress.transform.smoothquant import SmoothQuant
 from tests import models_zoo
+from tests.marks import slow_but
 from tests.transform.test_smoothquant import (
     LENGTH,
     SAMPLES,
@@ -111,7 +112,7 @@ def test_weights_may_weigh_in() -> None:
     torch.testing.assert_close(found.scales.float(), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", list(models_zoo.CONFIGURATIONS))
+@pytest.mark.parametrize("name", slow_but(("llama", "gpt-oss", "opt", "bert"), models_zoo.CONFIGURATIONS))
 def test_the_model_computes_what_it_computed(name: str, tmp_path: Path) -> None:
     source = models_zoo.write(name, tmp_path)
     out = transformed(source, tmp_path / "out", "transform.awq", bits=3, group_size=8, grid=4)

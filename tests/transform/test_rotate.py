@@ -15,6 +15,7 @@ from compress.sweep.rotation_weights import Turns
 from compress.transform.rotate import Rotate
 from tests import models_zoo
 from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.marks import slow_but
 from tests.prune.test_width import write
 from tests.transform.test_smoothquant import (
     check_changed,
@@ -52,7 +53,7 @@ def rotated(source: Path, out: Path, reporter: Any = None, **options: Any) -> Ar
     return Artifact.open(engine.run(recipe, out, single=True, **extra).final)
 
 
-@pytest.mark.parametrize("name", [*TURN, *KEEP_MEAN])
+@pytest.mark.parametrize("name", slow_but(("llama-tied", "qwen3", "gpt2"), [*TURN, *KEEP_MEAN]))
 def test_the_model_computes_what_it_computed(name: str, tmp_path: Path) -> None:
     source = write(name, tmp_path)
     out = rotated(source, tmp_path / "out")

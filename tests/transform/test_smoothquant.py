@@ -17,6 +17,7 @@ from compress.numerics.smoothing import Magnitudes, Reading, smoothing_scales
 from compress.transform.smoothquant import SmoothQuant
 from tests import models_zoo
 from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.marks import slow_but
 
 SAMPLES, LENGTH = 6, 16
 WITHOUT_NORMS = ("bert", "albert")
@@ -87,7 +88,13 @@ def check_changed(source: Path, out: Artifact) -> None:
     assert len(changed) == decisions(out)["changed"] > 0
 
 
-@pytest.mark.parametrize("name", [name for name in models_zoo.CONFIGURATIONS if name not in WITHOUT_NORMS])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ("llama", "mixtral", "gpt2", "gemma2"),
+        [name for name in models_zoo.CONFIGURATIONS if name not in WITHOUT_NORMS],
+    ),
+)
 def test_the_model_computes_what_it_computed(name: str, tmp_path: Path) -> None:
     source = models_zoo.write(name, tmp_path)
     out = transformed(source, tmp_path / "out", "transform.smoothquant", producers="all")
