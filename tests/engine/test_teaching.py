@@ -82,10 +82,14 @@ def decisions(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("loss", ["forward_kl", "forward_kl=0.7,cross_entropy=0.3"])
 def test_a_cached_teacher_leads_to_where_the_live_one_leads(loss: str, place: Path, tmp_path: Path) -> None:
-    """Of 96 tokens 64 are kept; both students are judged by the live teacher over all of them."""
+    """Of 96 tokens 64 are kept; both students are judged by the live teacher over all of them.
+
+    A random teacher has a heavy tail and the text is short, so that more tokens are drawn than by default: with
+    12, the noise of the draws costs 3% of the divergence here.
+    """
     numbers = {"tokens": 5_120, "loss": loss, "keep": "last"}
     # As many tokens as the runs read, so that both learn from the same windows.
-    cache(place, tmp_path / "cache", options=OPTIONS.model_copy(update={"tokens": 5_120}))
+    cache(place, tmp_path / "cache", options=OPTIONS.model_copy(update={"tokens": 5_120, "draws": 48}))
     engine.run(recipe(place, **numbers), tmp_path / "live", single=True)
     engine.run(recipe(place, cache=str(tmp_path / "cache"), **numbers), tmp_path / "cached", single=True)
     models = [
@@ -106,7 +110,7 @@ def test_a_cached_teacher_leads_to_where_the_live_one_leads(loss: str, place: Pa
     live_windows = decisions(tmp_path / "live")["windows"]
     assert found["teacher_cache"] == {
         "k": 64,
-        "draws": 12,
+        "draws": 48,
         "precision": "float32",
         "windows": live_windows,
     }
