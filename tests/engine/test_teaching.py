@@ -84,8 +84,8 @@ def decisions(folder: Path) -> dict[str, Any]:
 def test_a_cached_teacher_leads_to_where_the_live_one_leads(loss: str, place: Path, tmp_path: Path) -> None:
     """Of 96 tokens 64 are kept; both students are judged by the live teacher over all of them.
 
-    The teacher is random, with much of its probability in the tail, which makes this the hard case: without
-    draws from the tail the divergence ended half as large again. On a trained model: reports/teacher_cache.
+    The teacher is random, with much of its probability in the tail, and the runs are short: the hard case, in
+    which 2% is not to be had. On a trained model: reports/teacher_cache.
     """
     numbers = {"tokens": 5_120, "loss": loss, "keep": "last"}
     # As many tokens as the runs read, so that both learn from the same windows.
