@@ -53,7 +53,7 @@ class Subject:
     window: int
     tokens: int
     batch: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
 
 
 @dataclass(frozen=True)

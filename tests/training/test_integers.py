@@ -138,8 +138,9 @@ def test_it_starts_from_the_floats_that_round_to_its_integers(tmp_path: Path) ->
     student, bare = Student(source, Run(), origin=origin), Student(source, Run())
     module = student.model.model.layers[0].mlp.up_proj
     floats = load_file(origin.path / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].float()
-    latent = module.parametrizations.weight.original.detach()
-    assert float((latent - floats).norm()) < 0.2 * float((module.weight.detach() - floats).norm())
+    # Of every other row the integers were turned around, so that these floats did not round to them.
+    latent, seen = (each.detach()[1::2] for each in (module.parametrizations.weight.original, module.weight))
+    assert float((latent - floats[1::2]).norm()) < 0.2 * float((seen - floats[1::2]).norm())
     assert torch.equal(module.weight, bare.model.model.layers[0].mlp.up_proj.weight)
     assert isinstance(
         bare.model.model.layers[0].mlp.up_proj.parametrizations.weight.original, integers.Latent
@@ -220,11 +221,35 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_integers(
     assert sum(not torch.equal(before[name], after[name]) for name in before if "qweight" in name) == 14
 
 
+def test_integers_learn_what_floats_say(tmp_path: Path) -> None:
+    packed_models.floats("llama", tmp_path / "floats")
+    save_file({"input_ids": models_zoo.tokens(200, 16)}, tmp_path / "tokens.safetensors")
+    training = {"use": "distill.logits", "teacher": "$model", "origin": "$model", "tokens": 4_096}
+    training |= {"window": 16, "batch": 4, "learning_rate": 2e-3, "evaluation_tokens": 256}
+    made = Recipe.of(
+        {
+            "model": str(tmp_path / "floats"),
+            "threads": 1,
+            "device": "cpu",
+            "data": {"train": str(tmp_path / "tokens.safetensors")},
+            "steps": [
+                {"use": "quantize.rtn", "bits": 3, "group_size": 32},
+                {**training, "precision": "float32"},
+            ],
+        }
+    )
+    lineage = Lineage.read(engine.run(made, tmp_path / "out").final)
+    assert lineage is not None
+    found = lineage.steps[-1].decisions["validation"]
+    assert found["best"]["divergence"] < 0.8 * found["before"]["divergence"]
+
+
+@pytest.mark.slow
 def test_half_of_what_three_bits_cost_is_regained(tmp_path: Path) -> None:
     """Of the divergence from the float model, on text that is not trained on."""
     rounding = {"use": "quantize.rtn", "bits": 3, "group_size": "channel"}
-    training = {"use": "distill.logits", "teacher": "$model", "origin": "$model", "tokens": 24_576}
-    training |= {"window": 64, "batch": 8, "learning_rate": 1e-3, "evaluation_tokens": 4096}
+    training = {"use": "distill.logits", "teacher": "$model", "tokens": 65_536}
+    training |= {"window": 128, "batch": 8, "learning_rate": 5e-4}
     made = Recipe.of(
         {
             "model": "builtin:quickstart",
