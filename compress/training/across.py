@@ -157,7 +157,9 @@ class Across(Objective):
         total = share * truth
         if found.gradient is not None:
             total = total + (ours * found.gradient).sum()
-        sums = {name: found.terms[name].sum(dtype=torch.float64) for name in self._terms}
+        sums: dict[str, torch.Tensor] = {
+            name: found.terms[name].sum(dtype=torch.float64) for name in self._terms
+        }
         sums["cross_entropy"] = truth.detach().double()
         loss = sum(
             (weights[name] * value for name, value in sums.items() if name in weights),
