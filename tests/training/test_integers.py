@@ -146,7 +146,7 @@ def test_it_starts_from_the_floats_that_round_to_its_integers(tmp_path: Path) ->
         bare.model.model.layers[0].mlp.up_proj.parametrizations.weight.original, integers.Latent
     )
     other = Artifact.open(packed_models.floats("llama", tmp_path / "other", intermediate_size=64))
-    with pytest.raises(PlanError, match=r"128 x 64 in .* and 64 x 64"):
+    with pytest.raises(PlanError, match=r"64 x 128 in .* and 64 x 64"):
         Student(source, Run(), origin=other)
     with pytest.raises(PlanError, match="no float weights"):
         Student(source, Run(), origin=source)
@@ -219,29 +219,6 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_integers(
             assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
     before, after = tensors_of(source.path), tensors_of(tmp_path / "out")
     assert sum(not torch.equal(before[name], after[name]) for name in before if "qweight" in name) == 14
-
-
-def test_integers_learn_what_floats_say(tmp_path: Path) -> None:
-    packed_models.floats("llama", tmp_path / "floats")
-    save_file({"input_ids": models_zoo.tokens(200, 16)}, tmp_path / "tokens.safetensors")
-    training = {"use": "distill.logits", "teacher": "$model", "origin": "$model", "tokens": 4_096}
-    training |= {"window": 16, "batch": 4, "learning_rate": 2e-3, "evaluation_tokens": 256}
-    made = Recipe.of(
-        {
-            "model": str(tmp_path / "floats"),
-            "threads": 1,
-            "device": "cpu",
-            "data": {"train": str(tmp_path / "tokens.safetensors")},
-            "steps": [
-                {"use": "quantize.rtn", "bits": 3, "group_size": 32},
-                {**training, "precision": "float32"},
-            ],
-        }
-    )
-    lineage = Lineage.read(engine.run(made, tmp_path / "out").final)
-    assert lineage is not None
-    found = lineage.steps[-1].decisions["validation"]
-    assert found["best"]["divergence"] < 0.8 * found["before"]["divergence"]
 
 
 @pytest.mark.slow
