@@ -53,7 +53,7 @@ class Subject:
     window: int
     tokens: int
     batch: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
 
 
 @dataclass(frozen=True)
@@ -173,13 +173,9 @@ def measure(name: str, arms: list[str], tokens: int | None) -> None:
             found.regained = (rounded[use] - found.loss) / (rounded[use] - whole)
         results.append(found)
         print(f"{name}: {arm.name}: {found.loss:.4f}, regained {found.regained}", flush=True)
-        document = {
-            "subject": {**asdict(subject), "tokens": budget},
-            "results": [asdict(entry) for entry in results],
-        }
-        document["subject"] |= {
-            key: Path(document["subject"][key]).name for key in ("model", "train", "judged")
-        }
+        about = {**asdict(subject), "tokens": budget}
+        about |= {key: Path(about[key]).name for key in ("model", "train", "judged")}
+        document = {"subject": about, "results": [asdict(entry) for entry in results]}
         REPORT.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     render()

@@ -56,7 +56,7 @@ def rounded(
     Returns:
         ``[rows, columns]`` in the dtype of `latent`: `Quantized.dequantize` of the nearest integers.
     """
-    value: torch.Tensor = _Rounding.apply(latent, logarithm, scale, zero, scheme)
+    value: torch.Tensor = _Rounding.apply(latent, logarithm, scale, zero, scheme)  # type: ignore[no-untyped-call]
     return value
 
 

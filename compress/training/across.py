@@ -157,12 +157,11 @@ class Across(Objective):
         total = share * truth
         if found.gradient is not None:
             total = total + (ours * found.gradient).sum()
-        sums = {name: found.terms[name].sum(dtype=torch.float64) for name in self._terms}
-        sums["cross_entropy"] = truth.detach().double()
-        loss = sum(
-            (weights[name] * value for name, value in sums.items() if name in weights),
-            share * sums["cross_entropy"],
-        )
+        sums: dict[str, torch.Tensor] = {"cross_entropy": truth.detach().double()}
+        loss = share * sums["cross_entropy"]
+        for name in self._terms:
+            sums[name] = found.terms[name].sum(dtype=torch.float64)
+            loss = loss + weights[name] * sums[name]
         return Losses({"loss": loss, **sums}, len(targets)), total
 
     def _outcomes(self, logits: torch.Tensor, other: int, side: int) -> torch.Tensor:

@@ -125,7 +125,7 @@ def same_vocabulary(source: Artifact, teacher: Artifact, sizes: tuple[int, int],
         )
     if sizes[0] == sizes[1]:
         return sizes[0]
-    count = 1 + max(ours.values())
+    count = 1 + int(max(ours.values()))
     if count > min(sizes):
         shorter = source if sizes[0] < sizes[1] else teacher
         raise PlanError(

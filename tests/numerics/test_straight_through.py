@@ -86,3 +86,21 @@ def test_floats_are_brought_to_the_integers_and_no_further(scheme: Scheme) -> No
     shifted = (nearest + 1).clamp(scheme.lowest, scheme.highest)
     chosen = within(weight, Quantized(shifted, scale, zero, scheme))
     assert torch.equal(quantize(chosen, scale, zero, scheme), shifted)
+
+
+def test_integers_that_are_trained_fit_their_inputs_better_than_the_nearest() -> None:
+    """Inputs that depend on one another leave integers to choose from, as they do in every model."""
+    scheme = Scheme(3, None)
+    torch.manual_seed(3)
+    weight, inputs = torch.randn(8, 32), torch.randn(64, 4) @ torch.randn(4, 32)
+    scale, zero = choose_scales(weight, scheme, torch.float32)
+    latent = weight.clone().requires_grad_()
+    optimiser = torch.optim.Adam([latent], 0.02)
+    errors = []
+    for _ in range(200):
+        error = (inputs @ (rounded(latent, scale, zero, scheme) - weight).T).square().mean()
+        errors.append(float(error.detach()))
+        optimiser.zero_grad()
+        error.backward()
+        optimiser.step()
+    assert min(errors) < 0.5 * errors[0]

@@ -138,14 +138,15 @@ def test_it_starts_from_the_floats_that_round_to_its_integers(tmp_path: Path) ->
     student, bare = Student(source, Run(), origin=origin), Student(source, Run())
     module = student.model.model.layers[0].mlp.up_proj
     floats = load_file(origin.path / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].float()
-    latent = module.parametrizations.weight.original.detach()
-    assert float((latent - floats).norm()) < 0.2 * float((module.weight.detach() - floats).norm())
+    # Of every other row the integers were turned around, so that these floats did not round to them.
+    latent, seen = (each.detach()[1::2] for each in (module.parametrizations.weight.original, module.weight))
+    assert float((latent - floats[1::2]).norm()) < 0.2 * float((seen - floats[1::2]).norm())
     assert torch.equal(module.weight, bare.model.model.layers[0].mlp.up_proj.weight)
     assert isinstance(
         bare.model.model.layers[0].mlp.up_proj.parametrizations.weight.original, integers.Latent
     )
     other = Artifact.open(packed_models.floats("llama", tmp_path / "other", intermediate_size=64))
-    with pytest.raises(PlanError, match=r"128 x 64 in .* and 64 x 64"):
+    with pytest.raises(PlanError, match=r"64 x 128 in .* and 64 x 64"):
         Student(source, Run(), origin=other)
     with pytest.raises(PlanError, match="no float weights"):
         Student(source, Run(), origin=source)
@@ -220,11 +221,12 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_integers(
     assert sum(not torch.equal(before[name], after[name]) for name in before if "qweight" in name) == 14
 
 
+@pytest.mark.slow
 def test_half_of_what_three_bits_cost_is_regained(tmp_path: Path) -> None:
     """Of the divergence from the float model, on text that is not trained on."""
     rounding = {"use": "quantize.rtn", "bits": 3, "group_size": "channel"}
-    training = {"use": "distill.logits", "teacher": "$model", "origin": "$model", "tokens": 24_576}
-    training |= {"window": 64, "batch": 8, "learning_rate": 1e-3, "evaluation_tokens": 4096}
+    training = {"use": "distill.logits", "teacher": "$model", "tokens": 65_536}
+    training |= {"window": 128, "batch": 8, "learning_rate": 5e-4}
     made = Recipe.of(
         {
             "model": "builtin:quickstart",
