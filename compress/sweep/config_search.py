@@ -110,7 +110,7 @@ class ConfigSearch:
         for width in widths:
             named = [{name: width} for name in self._holding(width) if name != HEAD_WIDTH]
             said += [{HEAD_WIDTH: width}, *named]
-        # Heads that could not be told apart are parts of the hidden size all the same, as many as a field says.
+        # Heads that could not be told apart part the hidden size all the same, as often as some field says.
         counts = {value for value in self._fields.values() if type(value) is int and 1 < value < old}
         derived_widths = sorted({old // count for count in counts if old % count == 0} - set(widths))
         said += [{HEAD_WIDTH: width} for width in derived_widths]
