@@ -209,7 +209,7 @@ def _blocks_text(found: "Importance") -> str:
         header += ["loss without it"]
         worst = float("inf")
         measures = [(worst if block.loss is None else block.loss) - found.loss for block in found.blocks]
-        note += f" Loss of the whole model: {found.loss:.4f}; the bar shows what is more without the block."
+        note += f"\nLoss of the whole model: {found.loss:.4f}; the bar shows what is more without the block."
     finite = [measure for measure in measures if measure < float("inf")]
     most = max(finite, default=0.0)
     rows = []

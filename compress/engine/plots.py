@@ -96,6 +96,7 @@ def _draw_heads(axes: Any, layers: "Sequence[PartsImportance]") -> None:
     ]
     picture = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0)
     axes.set_yticks(range(len(layers)), [layer.layer for layer in layers], fontsize=6)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("head")
     axes.set_title("heads: share of their layer")
     axes.figure.colorbar(picture, ax=axes)
