@@ -111,6 +111,7 @@ def compare_arms(
     Returns the draws and the difference, or nothing where no draw is shared.
     """
     of_ours, of_theirs = _by_draw(ours), _by_draw(theirs)
+    draws: list[int | None]
     if None in of_ours or None in of_theirs:
         draws = [seed for seed in {**of_ours, **of_theirs} if seed is not None] or [None]
     else:

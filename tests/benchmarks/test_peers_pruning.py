@@ -1,6 +1,7 @@
 """The comparison of pruned models with the peers: what is asked for, what is counted, what is compared."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +65,13 @@ def test_our_command_asks_for_the_share_or_the_pattern() -> None:
 def test_both_programs_have_every_method() -> None:
     for runner in (run_compress, run_llmcompressor):
         assert set(pruning.METHODS) <= {preset.method for preset in runner.PRESETS.values()}
+
+
+def test_llm_compressor_leaves_the_head_whole_under_either_of_its_names() -> None:
+    head, _ = run_llmcompressor.OUTSIDE_THE_BLOCKS
+    for name in ("lm_head", "lm_head.", "model.lm_head"):
+        assert re.match(head.removeprefix("re:"), name)
+    assert not re.match(head.removeprefix("re:"), "model.layers.0.mlp.up_proj.")
 
 
 def test_zeros_are_counted_over_all_matrices() -> None:
