@@ -1,4 +1,4 @@
-"""What one measured quantization is: the same arguments in, the same two files out.
+"""What one measured compression is: the same arguments in, the same two files out.
 
 A *cell* is one program, one of its presets, one draw of calibration tokens and one scheme. Every
 runner takes the arguments read here and leaves in its output folder
@@ -24,6 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from schemes import Rounding, Scheme, Zeros, parse_scheme
+
 STARTED = time.perf_counter()
 
 MEBIBYTE_IN_KIBIBYTES = 1024
@@ -31,7 +33,7 @@ MEBIBYTE_IN_KIBIBYTES = 1024
 
 @dataclass(frozen=True)
 class Preset:
-    """One way in which a program is asked to quantize.
+    """One way in which a program is asked to quantize or prune.
 
     Attributes:
         method: what it does, in a word that the programs share (`gptq`, `rtn`).
@@ -54,8 +56,7 @@ class Cell:
 
     model: Path
     calibration: Path | None
-    bits: int
-    group_size: int
+    scheme: Scheme
     preset: str
     threads: int
     out: Path
@@ -69,6 +70,28 @@ class Cell:
         if self.calibration is None:
             raise ValueError(f"preset {self.preset} is calibrated: give --calibration")
         return self.calibration
+
+    @property
+    def rounding(self) -> Rounding:
+        """The scheme of what quantizes.
+
+        Raises:
+            ValueError: zeros are asked for.
+        """
+        if not isinstance(self.scheme, Rounding):
+            raise ValueError(f"preset {self.preset} rounds: expected BITS/GROUP, got {self.scheme}")
+        return self.scheme
+
+    @property
+    def zeros(self) -> Zeros:
+        """The scheme of what prunes.
+
+        Raises:
+            ValueError: bits are asked for.
+        """
+        if not isinstance(self.scheme, Zeros):
+            raise ValueError(f"preset {self.preset} prunes: expected a share or pattern, got {self.scheme}")
+        return self.scheme
 
 
 @dataclass
@@ -111,8 +134,7 @@ def parse_cell(description: str, presets: Mapping[str, Preset]) -> Cell:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--calibration", type=Path, help="draw-SEED.safetensors, for a calibrated preset")
-    parser.add_argument("--bits", type=int, required=True)
-    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--scheme", type=parse_scheme, required=True, help="3/128, 50%% or 2:4")
     parser.add_argument("--preset", choices=sorted(presets), default="default")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -165,8 +187,7 @@ def write_cell(
     record = {
         "preset": cell.preset,
         "settings": settings,
-        "bits": cell.bits,
-        "group_size": cell.group_size,
+        "scheme": str(cell.scheme),
         "calibration": cell.calibration.name if cell.calibration else None,
         "changed_weights": len(tensors),
         "source": source,

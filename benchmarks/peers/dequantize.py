@@ -1,4 +1,4 @@
-"""Quantized weights read back from disk by their documented formats, as float32.
+"""Compressed weights read back from disk by their documented formats, as float32.
 
 Reading every program's file with the same few lines, and none of the programs' own code, makes
 the comparison one of the numbers that were saved. A runner then checks these tensors against
@@ -83,10 +83,24 @@ def gptq(folder: Path, bits: int, group_size: int) -> dict[str, torch.Tensor]:
     return dense
 
 
+def require_equal(
+    dense: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], dtype: torch.dtype, called: str
+) -> None:
+    """Hold weights that were read from disk against what the program computes with, in its precision.
+
+    Raises:
+        ValueError: a weight differs.
+    """
+    for name, tensor in dense.items():
+        if not torch.equal(tensor.to(dtype), expected[name].to(dtype)):
+            raise ValueError(f"{name}: the saved weight is not one of {called}")
+
+
 def changed_floats(folder: Path, model: Path) -> dict[str, torch.Tensor]:
     """Float tensors of a folder that are not what the base model holds under the same name.
 
-    A method that scales what it rounds has put the inverse into a norm or another layer.
+    Pruned weights are such floats; and a method that scales what it rounds has put the inverse into a norm
+    or another layer.
     """
     base = read_tensors(model)
     return {

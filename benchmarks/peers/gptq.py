@@ -7,9 +7,6 @@ and compare by a paired difference. What is finished is kept (`grid.py`).
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,54 +15,26 @@ import run_compress
 import run_gptqmodel
 import run_llmcompressor
 import torch
+from arms import MARGIN, arms_of, comparisons_of
 from calibration import document_windows, read_documents, shared_folder
 from grid import (
     OURS,
     REPOSITORY,
     Grid,
     Program,
-    Scheme,
-    arms_of,
     cells_of,
-    compare_arms,
     draw_tokens,
     run_cells,
     score_cells,
     this_machine,
 )
+from schemes import Rounding
 from scoring import LENGTH, load_base, losses, make_windows
+from tables import differences_table, presets_section
 
-MARGIN = 0.005
 GROUP_SIZE = 128
 SAMPLES = 64  # windows of calibration tokens in a draw
 METHOD = "gptq"
-
-
-def comparisons_of(arms: Sequence[dict[str, Any]], document: list[int]) -> list[dict[str, Any]]:
-    """Every comparison of one of ours with one of theirs, of the same bits."""
-    found = []
-    for ours, theirs in product(arms, arms):
-        if ours["bits"] != theirs["bits"] or ours["program"] != OURS or theirs["program"] == OURS:
-            continue
-        compared = compare_arms(ours, theirs, document)
-        if compared is None:
-            continue
-        seeds, difference = compared
-        found.append(
-            {
-                "bits": ours["bits"],
-                "ours": ours["preset"],
-                "theirs": f"{theirs['program']} {theirs['preset']}",
-                "seeds": seeds,
-                **asdict(difference),
-                "verdict": difference.verdict(MARGIN),
-            }
-        )
-    return found
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:+.2f}%"
 
 
 def render(report: dict[str, Any]) -> str:
@@ -86,17 +55,7 @@ def render(report: dict[str, Any]) -> str:
     ]
     for bits in sorted({row["bits"] for row in report["arms"]}, reverse=True):
         lines += _section(report, bits)
-    lines += ["## Presets", "", "| program | preset | settings | read from | checked against |"]
-    lines.append("|---|---|---|---|---|")
-    described = {
-        (row["program"], row["preset"]): (
-            f"| {row['program']} {row['version']} | {row['preset']} "
-            f"| `{json.dumps(row['settings'])}` | {row['source']} | {row['compared_with']} |"
-        )
-        for row in report["arms"]
-    }
-    lines += [described[arm] for arm in sorted(described)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *presets_section(report["arms"])]) + "\n"
 
 
 def _section(report: dict[str, Any], bits: int) -> list[str]:
@@ -116,23 +75,7 @@ def _section(report: dict[str, Any], bits: int) -> list[str]:
             f"| {numpy.median(row['quantization_processor_seconds']):.1f} "
             f"| {max(row['peak_memory_mebibytes']):.0f} |"
         )
-    held = [item for item in report["comparisons"] if item["bits"] == bits]
-    if held:
-        lines += [
-            "",
-            f"Ours less theirs, relative to theirs; margin {percent(MARGIN)}. The bounds are "
-            "one-sided, 95%, by bootstrap of windows, of documents, and of documents and draws; the "
-            "verdict asks all three.",
-            "",
-            "| ours | theirs | draws | difference | upper, windows | upper, documents | upper, draws too | |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-    for item in held:
-        lines.append(
-            f"| {item['ours']} | {item['theirs']} | {len(item['seeds'])} "
-            f"| {percent(item['mean'])} | {percent(item['high_by_window'])} "
-            f"| {percent(item['high_by_document'])} | {percent(item['high_by_draw'])} | {item['verdict']} |"
-        )
+    lines += differences_table([item for item in report["comparisons"] if item["bits"] == bits])
     return [*lines, ""]
 
 
@@ -177,7 +120,7 @@ def main() -> int:
         name: [each for each, preset in program.presets.items() if preset.method == METHOD]
         for name, program in grid.programs.items()
     }
-    schemes = [Scheme(bits, GROUP_SIZE) for bits in arguments.bits]
+    schemes = [Rounding(bits, GROUP_SIZE) for bits in arguments.bits]
     cells = cells_of(grid.programs, chosen, schemes, arguments.seeds, arguments.only)
     draw_tokens(
         lambda: torch.cat(document_windows(grid.model, read_documents(arguments.train_text), LENGTH)),
@@ -209,7 +152,7 @@ def main() -> int:
         "machine": this_machine(),
         "base_loss": float(numpy.mean(losses(base, windows.of_loss, [{}]))),
         "arms": arms,
-        "comparisons": comparisons_of(arms, windows.document),
+        "comparisons": comparisons_of(arms, windows.document, ["bits"]),
         "document_of_each_window": windows.document,
     }
     arguments.report.mkdir(parents=True, exist_ok=True)

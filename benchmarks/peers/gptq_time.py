@@ -32,6 +32,7 @@ from grid import (
 from random_llama import write_model
 from run_timed import CHECK, FORWARD, SOLVE
 from safetensors.torch import save_file
+from schemes import Rounding
 from transformers import LlamaConfig
 
 HERE = Path(__file__).resolve().parent
@@ -133,7 +134,7 @@ def run_one(
         folder.mkdir(parents=True)
         command = [str(python_of(name, arguments.environments)), str(HERE / "run_timed.py")]
         command += ["--model", str(work / "model"), "--calibration", str(tokens)]
-        command += ["--bits", str(BITS), "--group-size", str(GROUP_SIZE)]
+        command += ["--scheme", str(Rounding(BITS, GROUP_SIZE))]
         command += ["--preset", name, "--threads", str(THREADS), "--out", str(folder)]
         reason = run_logged(command, folder, THREADS, PATIENCE)
         shutil.rmtree(folder / "saved", ignore_errors=True)

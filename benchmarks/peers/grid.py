@@ -1,8 +1,7 @@
-"""A grid of cells: each run in its program's own environment, scored, kept, and read back as arms.
+"""A grid of cells: each run in its program's own environment, scored and kept.
 
 What is finished is kept. A cell is done again when its scripts, its inputs or the program's versions
-have changed, and not because a file is absent. An *arm* is one preset of a program at one scheme, with
-all its draws.
+have changed, and not because a file is absent. `arms.py` reads what was measured.
 """
 
 import hashlib
@@ -20,15 +19,15 @@ import torch
 import transformers
 from calibration import write_draws
 from cell import Preset
-from paired import CONFIDENCE, Difference, Samples, compare
 from safetensors import safe_open
-from scoring import Score, Windows, score
+from schemes import Scheme
+from scoring import Windows, score
 from transformers import PreTrainedModel
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 OURS = "compress"
-RUNNERS_SHARE = ("cell.py", "calibration.py", "dequantize.py")
+RUNNERS_SHARE = ("cell.py", "calibration.py", "dequantize.py", "schemes.py")
 SCORER_FILES = ("scoring.py",)
 
 
@@ -57,17 +56,6 @@ class Program:
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """Bits of a weight, and columns that share a scale."""
-
-    bits: int
-    group_size: int
-
-    def __str__(self) -> str:
-        return f"W{self.bits} g{self.group_size}"
-
-
-@dataclass(frozen=True)
 class Cell:
     """One program's preset at one scheme on one draw; `None` is no draw, of a method without data."""
 
@@ -78,9 +66,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        scheme = f"w{self.scheme.bits}-g{self.scheme.group_size}"
         draw = DATA_FREE if self.seed is None else f"draw-{self.seed}"
-        return f"{self.program}/{self.preset}/{scheme}/{draw}"
+        return f"{self.program}/{self.preset}/{self.scheme.folder}/{draw}"
 
 
 @dataclass
@@ -127,7 +114,7 @@ class Grid:
         """What a cell was asked for: model, tokens, scheme and settings, whatever did it."""
         model = self._digests.setdefault("", digest_files(model_files(self.model)))
         draw = "" if cell.seed is None else digest_files([self.draw(cell)])
-        scheme = [cell.scheme.bits, cell.scheme.group_size]
+        scheme = list(cell.scheme.record.values())
         return digest_value([self.preset(cell).settings, model, draw, scheme, self.threads])
 
     def key(self, cell: Cell) -> str:
@@ -169,15 +156,6 @@ def installed_versions(python: Path) -> list[str]:
         text=True,
     )
     return listing.stdout.split()
-
-
-def program_version(program: str, packages: Mapping[str, str]) -> str:
-    """The version that a program says it has; ours is not always installed, so its source says it."""
-    if program != OURS:
-        name = program.replace("-", "")
-        return next(value for package, value in packages.items() if package.replace("-", "") == name)
-    source = (REPOSITORY / "compress" / "__init__.py").read_text()
-    return source.split('__version__ = "', 1)[1].split('"', 1)[0]
 
 
 def read_key(path: Path) -> str:
@@ -266,13 +244,13 @@ def run_cell(grid: Grid, cell: Cell, *, retry: bool) -> str | None:
     command = [str(program.python), str(HERE / program.runner), "--model", str(grid.model)]
     if cell.seed is not None:
         command += ["--calibration", str(grid.draw(cell))]
-    command += ["--bits", str(cell.scheme.bits), "--group-size", str(cell.scheme.group_size)]
-    command += ["--preset", cell.preset, "--threads", str(grid.threads), "--out", str(folder)]
+    command += ["--scheme", str(cell.scheme), "--preset", cell.preset]
+    command += ["--threads", str(grid.threads), "--out", str(folder)]
     reason = run_logged(command, folder, grid.threads, grid.patience)
     if reason is None:
         failure.unlink(missing_ok=True)
         done.write_text(json.dumps({"key": key, "inputs": grid.inputs(cell)}) + "\n")
-        print(f"{cell.name}: quantized", flush=True)
+        print(f"{cell.name}: done", flush=True)
     else:
         failure.write_text(json.dumps({"key": key, "reason": reason}) + "\n")
         print(f"{cell.name}: FAILED, see {folder}/log.txt: {reason}", flush=True)
@@ -350,77 +328,3 @@ def check_same_matrices(grid: Grid, cells: Sequence[Cell]) -> None:
             raise ValueError(
                 f"{cell.name}: has {min(found ^ expected)} changed or left, unlike {cells[0].name}"
             )
-
-
-def read_score(path: Path) -> Score:
-    held = json.loads(path.read_text())
-    return Score(held["divergence"], held["loss"])
-
-
-def arms_of(grid: Grid, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Every arm with its means, its costs, and the divergence of each window: JSON."""
-    arms: dict[tuple[int, int, str, str], list[Cell]] = {}
-    for cell in cells:
-        arm = (-cell.scheme.bits, -cell.scheme.group_size, cell.program, cell.preset)
-        arms.setdefault(arm, []).append(cell)
-    return [_arm(grid, arms[arm]) for arm in sorted(arms)]
-
-
-def _arm(grid: Grid, cells: Sequence[Cell]) -> dict[str, Any]:
-    scores = [read_score(grid.folder(cell) / "score.json") for cell in cells]
-    runs = [json.loads((grid.folder(cell) / "run.json").read_text()) for cell in cells]
-    kept = numpy.array([result.divergence for result in scores])
-    first = cells[0]
-    preset = grid.preset(first)
-    costs = (
-        "quantization_seconds",
-        "quantization_processor_seconds",
-        "process_seconds",
-        "process_processor_seconds",
-        "peak_memory_mebibytes",
-    )
-    return {
-        "bits": first.scheme.bits,
-        "group_size": first.scheme.group_size,
-        "program": first.program,
-        "preset": first.preset,
-        "method": preset.method,
-        "symmetric": preset.symmetric,
-        "settings": runs[0]["settings"],
-        "version": program_version(first.program, runs[0]["packages"]),
-        "packages": runs[0]["packages"],
-        "source": runs[0]["source"],
-        "compared_with": runs[0]["compared_with"],
-        "seeds": [cell.seed for cell in cells],
-        "divergence": float(kept.mean()),
-        "divergence_of_each_draw": kept.mean(1).tolist(),
-        "loss": float(numpy.mean([result.loss for result in scores])),
-        **{name: [run[name] for run in runs] for name in costs},
-        "divergence_of_each_window": [[float(f"{value:.5g}") for value in row] for row in kept],
-    }
-
-
-def compare_arms(
-    ours: Mapping[str, Any],
-    theirs: Mapping[str, Any],
-    document: list[int],
-    confidence: float = CONFIDENCE,
-) -> tuple[list[int | None], Difference] | None:
-    """Two arms on the draws that both have; a method without data has the same numbers on each.
-
-    Returns the draws and the difference, or nothing where no draw is shared.
-    """
-    of_ours, of_theirs = _by_draw(ours), _by_draw(theirs)
-    if None in of_ours or None in of_theirs:
-        draws = [seed for seed in {**of_ours, **of_theirs} if seed is not None] or [None]
-    else:
-        draws = [seed for seed in of_ours if seed in of_theirs]
-    if not draws:
-        return None
-    samples = [numpy.array([arm.get(seed, arm.get(None)) for seed in draws]) for arm in (of_ours, of_theirs)]
-    return draws, compare(samples[0], samples[1], document, confidence=confidence)
-
-
-def _by_draw(arm: Mapping[str, Any]) -> dict[int | None, Samples]:
-    windows = arm["divergence_of_each_window"]
-    return {seed: numpy.array(row) for seed, row in zip(arm["seeds"], windows, strict=True)}

@@ -1,11 +1,11 @@
 """The table of methods as Markdown, from the report's own numbers."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
+from tables import failures_section, percent, presets_section
 
 Part = Mapping[str, Any]
 
@@ -30,12 +30,9 @@ def render(report: Mapping[str, Any]) -> str:
         lines += [*model_heading(part), ""]
         for scheme in dict.fromkeys((arm["bits"], arm["group_size"]) for arm in part["arms"]):
             lines += scheme_section(part, *scheme)
-        lines += failures_section(part)
-    return "\n".join([*lines, *presets_section(report["models"])]) + "\n"
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:+.2f}%"
+        lines += failures_section(part["did_not_run"])
+    arms = [arm for part in report["models"] for arm in part["arms"]]
+    return "\n".join([*lines, *presets_section(arms)]) + "\n"
 
 
 def verdict_summary(parts: Sequence[Part]) -> list[str]:
@@ -121,37 +118,3 @@ def scheme_section(part: Part, bits: int, group_size: int) -> list[str]:
             f"| {item['asked']} | {item['verdict']} |"
         )
     return [*lines, ""]
-
-
-def failures_section(part: Part) -> list[str]:
-    """What did not run, once for each program and preset."""
-    if not part["did_not_run"]:
-        return []
-    reasons: dict[str, str] = {}
-    for entry in part["did_not_run"]:
-        program, preset, *_ = entry["cell"].split("/")
-        reasons.setdefault(f"{program} | {preset}", entry["reason"])
-    lines = ["Did not run:", "", "| program | preset | last line of its log |", "|---|---|---|"]
-    for name, reason in reasons.items():
-        told = reason.replace("|", "\\|").replace("`", "'")
-        lines.append(f"| {name} | `{told}` |")
-    return [*lines, ""]
-
-
-def presets_section(parts: Sequence[Part]) -> list[str]:
-    """What each preset was, and how its weights were read."""
-    lines = [
-        "## Presets",
-        "",
-        "| program | preset | settings | read from | checked against |",
-        "|---|---|---|---|---|",
-    ]
-    described = {
-        (arm["program"], arm["preset"]): (
-            f"| {arm['program']} {arm['version']} | {arm['preset']} | `{json.dumps(arm['settings'])}` "
-            f"| {arm['source']} | {arm['compared_with']} |"
-        )
-        for part in parts
-        for arm in part["arms"]
-    }
-    return [*lines, *(described[name] for name in sorted(described))]

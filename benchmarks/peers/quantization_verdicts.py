@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from grid import OURS, compare_arms
+from arms import MARGIN, compare_arms
+from grid import OURS
 
-MARGIN = 0.005
 CONFIDENCE = 0.975
 """Of each bound, so that the interval between them holds 95%."""
 BEST = "best"

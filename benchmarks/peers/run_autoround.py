@@ -34,7 +34,9 @@ def quantize(cell: Cell, model: Any, folder: Path) -> list[Path]:
     learner = AutoRound(
         model,
         AutoTokenizer.from_pretrained(cell.model),
-        scheme=QuantizationScheme(bits=cell.bits, group_size=cell.group_size, sym=True, data_type="int"),
+        scheme=QuantizationScheme(
+            bits=cell.rounding.bits, group_size=cell.rounding.group_size, sym=True, data_type="int"
+        ),
         dataset=[{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in tokens],
         nsamples=tokens.shape[0],
         seqlen=tokens.shape[1],
@@ -60,7 +62,7 @@ def main() -> None:
         packed, fake = quantize(cell, model, saved)
     clock.finish()
 
-    dense = gptq(packed, cell.bits, cell.group_size)
+    dense = gptq(packed, cell.rounding.bits, cell.rounding.group_size)
     computed = changed_floats(fake, cell.model)
     if sorted(computed) != sorted(dense):
         raise ValueError(f"{sorted(set(computed) ^ set(dense))[0]}: in one form of the result only")

@@ -1,11 +1,11 @@
 """One cell of our own methods, through the command line that users have.
 
 A preset is a list of commands; each but the first reads what the one before it wrote, and the last
-one rounds. The dense weights are read from the compressed-tensors folder that it wrote, by the same
-lines that read llm-compressor's. They must equal what stock transformers computes with after loading
-that folder.
+one rounds or prunes. The dense weights are read from the folder that it wrote, compressed-tensors or
+plain, by the same lines that read llm-compressor's. They must equal what stock transformers computes
+with after loading that folder.
 
-Seconds of quantization are those from the first block's beginning to the last block's end, reading and
+Seconds of the work are those from the first block's beginning to the last block's end, reading and
 writing among them, and not the imports, the plan and the verification.
 """
 
@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from calibration import read_draw
-from dequantize import changed_floats, compressed_tensors
+from dequantize import changed_floats, compressed_tensors, require_equal
+from schemes import Scheme, Zeros
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -41,6 +42,9 @@ PRESETS: dict[str, Preset] = {
     "awq": Preset("awq", [["quantize", "awq"]], standard=True),
     "autoround": Preset("autoround", [["quantize", "autoround"]], standard=True),
     "best": Preset("best", [BEST], standard=True),
+    "wanda": Preset("wanda", [["prune", "wanda"]]),
+    "sparsegpt": Preset("sparsegpt", [["prune", "sparsegpt"]]),
+    "sparsegpt-plain": Preset("sparsegpt", [["prune", "sparsegpt", "--refinement", "0"]]),
 }
 
 
@@ -71,6 +75,15 @@ class Stopwatch:
         return time.perf_counter(), times.user + times.system
 
 
+def options_of(scheme: Scheme) -> list[str]:
+    """The options that ask for a scheme."""
+    if not isinstance(scheme, Zeros):
+        return ["--bits", str(scheme.bits), "--group-size", str(scheme.group_size)]
+    if scheme.pattern is None:
+        return ["--sparsity", str(scheme.share)]
+    return ["--pattern", str(scheme)]
+
+
 def command_of(cell: Cell, words: list[str], source: Path, target: Path, *, last: bool) -> list[str]:
     """The command line of one step."""
     command = [sys.executable, "-m", "compress", *words, str(source), "--out", str(target)]
@@ -79,7 +92,7 @@ def command_of(cell: Cell, words: list[str], source: Path, target: Path, *, last
         command += ["--calibration", str(cell.draw())]
         command += ["--samples", str(samples), "--sequence-length", str(length)]
     if last:
-        command += ["--bits", str(cell.bits), "--group-size", str(cell.group_size)]
+        command += options_of(cell.scheme)
     return [*command, "--threads", str(cell.threads), "--json"]
 
 
@@ -117,26 +130,26 @@ def main() -> None:
     saved = run(cell, clock)
     clock.finish(of_children=True)
 
-    import torch
-    from transformers.utils.quantization_config import CompressedTensorsConfig
+    dense = changed_floats(saved, cell.model)
+    source = "the float weights of the saved folder"
+    options: dict[str, Any] = {}
+    if not isinstance(cell.scheme, Zeros):
+        from transformers.utils.quantization_config import CompressedTensorsConfig
 
-    dense = compressed_tensors(saved, cell.bits, cell.group_size)
-    dense |= changed_floats(saved, cell.model)
-    loaded = automatic_class(cell.model).from_pretrained(
-        saved, quantization_config=CompressedTensorsConfig(run_compressed=False)
-    )
-    served = loaded.state_dict()
-    for name, tensor in dense.items():
-        if not torch.equal(tensor.to(served[name].dtype), served[name]):
-            raise ValueError(f"{name}: the saved weight is not what transformers loads")
+        dense |= compressed_tensors(saved, cell.scheme.bits, cell.scheme.group_size)
+        source = "compressed-tensors pack-quantized, read from disk in float32"
+        options = {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
+    loaded = automatic_class(cell.model).from_pretrained(saved, **options)
+    called = "the weights that stock transformers loads"
+    require_equal(dense, loaded.state_dict(), loaded.dtype, called)
     write_cell(
         cell,
         dense,
         settings=PRESETS[cell.preset].settings,
         clock=clock,
         packages=("compressed-tensors", "transformers", "torch"),
-        source="compressed-tensors pack-quantized, read from disk in float32",
-        compared_with=f"the weights that stock transformers loads ({loaded.dtype}), equal",
+        source=source,
+        compared_with=f"{called} ({loaded.dtype}), equal",
     )
 
 

@@ -56,7 +56,8 @@ def load(cell: Cell) -> Any:
     options = {key: value for key, value in settings.items() if key != "dtype"}
     if "gptaq" in options:
         options["gptaq"] = GPTAQConfig(**options["gptaq"])
-    configuration = QuantizeConfig(bits=cell.bits, group_size=cell.group_size, sym=True, **options)
+    bits, group_size = cell.rounding.bits, cell.rounding.group_size
+    configuration = QuantizeConfig(bits=bits, group_size=group_size, sym=True, **options)
     dtype = getattr(torch, settings["dtype"]) if "dtype" in settings else "auto"
     return GPTQModel.load(str(cell.model), configuration, device="cpu", dtype=dtype)
 
@@ -94,7 +95,7 @@ def main() -> None:
     saved = save(cell, model)
     clock.finish()
 
-    dense = gptq(saved, cell.bits, cell.group_size)
+    dense = gptq(saved, cell.rounding.bits, cell.rounding.group_size)
     served = GPTQModel.load(
         str(saved),
         device="cpu",

@@ -51,7 +51,8 @@ def main() -> None:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     model = automatic_class(cell.model).from_pretrained(cell.model, dtype="auto")
-    options = BaseQuantizeConfig(nbits=cell.bits, group_size=cell.group_size, **PRESETS[cell.preset].settings)
+    bits, group_size = cell.rounding.bits, cell.rounding.group_size
+    options = BaseQuantizeConfig(nbits=bits, group_size=group_size, **PRESETS[cell.preset].settings)
     layers = block_layers(model)
     clock = Clock()
     with clock.measure():

@@ -1,8 +1,8 @@
-"""One cell of llm-compressor: GPTQ, AWQ or rounding to nearest; runs in llm-compressor's own environment.
+"""One cell of llm-compressor: GPTQ, AWQ, rounding to nearest, Wanda or SparseGPT, in its own environment.
 
-The dense weights are read from the compressed-tensors folder that it saved. Their rounding to the model's
-dtype must equal the weights that GPTQ computed with before it packed them, or for the others what stock
-transformers loads.
+The dense weights are read from the folder that it saved, compressed-tensors or plain. Their rounding to the
+model's dtype must equal the weights that it computed with before it saved them, or for AWQ and rounding to
+nearest what stock transformers loads.
 
 Of GPTQ, a preset's `actorder: static` is llm-compressor's default. `weight` visits columns by activation
 too, but there each group has been updated by the time that its scale is used; both leave a file
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from calibration import read_draw
-from dequantize import changed_floats, compressed_tensors
+from dequantize import changed_floats, compressed_tensors, require_equal
+from schemes import Zeros
 
 WIDE_SEARCH = {"maxshrink": 0.8, "patience": 100}
 
@@ -34,24 +35,45 @@ PRESETS: dict[str, Preset] = {
     "imatrix-float32": Preset("gptq", {"dtype": "float32", "observer": "imatrix_mse"}),
     "rtn": Preset("rtn", {}, standard=True, calibrated=False),
     "awq": Preset("awq", {}, standard=True),
+    "wanda": Preset("wanda"),
+    "sparsegpt": Preset("sparsegpt"),
 }
 
-OUTSIDE_THE_BLOCKS = ["lm_head", "re:.*pooler.*"]
+IN_PLACE = ("gptq", "wanda", "sparsegpt")
+OUTSIDE_THE_BLOCKS = ["re:.*lm_head", "re:.*pooler.*"]
+"""By pattern: its pruning calls the head `lm_head.` with a dot behind, which no plain name matches."""
 
 
 def modifiers(cell: Cell) -> list[Any]:
     """The recipe of the preset."""
+    return [pruner(cell)] if isinstance(cell.scheme, Zeros) else quantizers(cell)
+
+
+def pruner(cell: Cell) -> Any:
+    """Wanda or SparseGPT. Unlike ours they prune the head too when nobody leaves it out."""
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+
+    modifier = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[PRESETS[cell.preset].method]
+    what: dict[str, Any] = {"sparsity": cell.zeros.share, "ignore": OUTSIDE_THE_BLOCKS}
+    if cell.zeros.pattern is not None:
+        kept, of = cell.zeros.pattern
+        what["mask_structure"] = f"{of - kept}:{of}"  # it counts what goes
+    return modifier(**what)
+
+
+def quantizers(cell: Cell) -> list[Any]:
+    """The recipe of a preset that rounds."""
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
 
     preset = PRESETS[cell.preset]
     weights: dict[str, Any] = {
-        "num_bits": cell.bits,
+        "num_bits": cell.rounding.bits,
         "type": "int",
         "symmetric": True,
         "strategy": "group",
-        "group_size": cell.group_size,
+        "group_size": cell.rounding.group_size,
     }
     weights |= {
         key: preset.settings[key] for key in ("observer", "observer_kwargs") if key in preset.settings
@@ -87,7 +109,7 @@ def load(cell: Cell) -> Any:
 
 
 def quantize(cell: Cell, model: Any) -> None:
-    """Quantize the model in place."""
+    """Quantize or prune the model in place."""
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -113,7 +135,7 @@ def quantize(cell: Cell, model: Any) -> None:
 
 
 def save(cell: Cell, model: Any) -> Path:
-    """Write the packed model; returns its folder."""
+    """Write the model, packed where it was quantized; returns its folder."""
     saved = cell.out / "saved"
     shutil.rmtree(saved, ignore_errors=True)
     model.save_pretrained(saved, save_compressed=True)
@@ -123,11 +145,11 @@ def save(cell: Cell, model: Any) -> Path:
 def reference(cell: Cell, model: Any, saved: Path, computed: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """What the saved weights must equal, in the model's precision, and how that is called.
 
-    GPTQ has put the rounded weights into the model. The others leave floats there, to be rounded as they
-    are packed, so what transformers loads again is taken.
+    What prunes and GPTQ have put their weights into the model. The others leave floats there, to be rounded
+    as they are packed, so what transformers loads again is taken.
     """
-    if PRESETS[cell.preset].method == "gptq":
-        return computed, "the quantized weights in memory before packing"
+    if PRESETS[cell.preset].method in IN_PLACE:
+        return computed, "the weights in memory before saving"
     from transformers.utils.quantization_config import CompressedTensorsConfig
 
     plain = CompressedTensorsConfig(run_compressed=False)
@@ -138,8 +160,6 @@ def reference(cell: Cell, model: Any, saved: Path, computed: dict[str, Any]) -> 
 def main() -> None:
     cell = parse_cell((__doc__ or "").splitlines()[0], PRESETS)
 
-    import torch
-
     model = load(cell)
     clock = Clock()
     with clock.measure():
@@ -148,18 +168,20 @@ def main() -> None:
     saved = save(cell, model)
     clock.finish()
 
-    dense = compressed_tensors(saved, cell.bits, cell.group_size)
+    dense = changed_floats(saved, cell.model)
+    source = "the float weights of the saved folder"
+    if not isinstance(cell.scheme, Zeros):
+        dense |= compressed_tensors(saved, cell.scheme.bits, cell.scheme.group_size)
+        source = "compressed-tensors pack-quantized, read from disk in float32"
     expected, called = reference(cell, model, saved, computed)
-    for name, tensor in dense.items():
-        if not torch.equal(tensor.to(model.dtype), expected[name].to(model.dtype)):
-            raise ValueError(f"{name}: the saved weight is not one of {called}")
+    require_equal(dense, expected, model.dtype, called)
     write_cell(
         cell,
-        dense | changed_floats(saved, cell.model),
+        dense,
         settings=PRESETS[cell.preset].settings,
         clock=clock,
         packages=("llmcompressor", "compressed-tensors", "transformers", "torch"),
-        source="compressed-tensors pack-quantized, read from disk in float32",
+        source=source,
         compared_with=f"{called} ({model.dtype}), equal",
     )
 

@@ -79,7 +79,7 @@ def compress_program(regions: Regions, preset: Preset) -> Callable[[Cell], None]
         regions.wrap(owner, name, region)
 
     def run(cell: Cell) -> None:
-        step = {"use": f"quantize.{preset.method}", "bits": cell.bits, "group_size": cell.group_size}
+        step = {"use": f"quantize.{preset.method}", **cell.rounding.record}
         step |= preset.settings
         recipe: dict[str, Any] = {"model": str(cell.model), "threads": cell.threads, "steps": [step]}
         if cell.calibration is not None:

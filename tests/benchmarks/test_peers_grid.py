@@ -14,11 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks/peers")
 
 import grid
 import quantization_verdicts
+from arms import compare_arms, program_version
 from cell import Preset
 from paired import compare
+from schemes import Rounding
 
 CALIBRATED, FREE = Preset("gptq", standard=True), Preset("rtn", calibrated=False)
-SCHEMES = (grid.Scheme(3, 128), grid.Scheme(2, 64))
+SCHEMES = (Rounding(3, 128), Rounding(2, 64))
 DOCUMENT = [0, 0, 1, 1, 2, 2]
 
 
@@ -136,28 +138,28 @@ def test_a_cell_that_left_a_matrix_alone_is_refused(work: grid.Grid) -> None:
 
 
 def test_the_version_is_that_of_the_programs_package() -> None:
-    assert grid.program_version("llm-compressor", {"torch": "2", "llmcompressor": "0.14"}) == "0.14"
-    assert grid.program_version("auto-round", {"auto-round": "0.15"}) == "0.15"
-    assert grid.program_version("compress", {})
+    assert program_version("llm-compressor", {"torch": "2", "llmcompressor": "0.14"}) == "0.14"
+    assert program_version("auto-round", {"auto-round": "0.15"}) == "0.15"
+    assert program_version("compress", {})
 
 
 def test_arms_meet_on_the_draws_that_both_have() -> None:
-    compared = grid.compare_arms(arm("a", 1, [0, 1, 2]), arm("b", 1, [1, 2, 3]), DOCUMENT)
+    compared = compare_arms(arm("a", 1, [0, 1, 2]), arm("b", 1, [1, 2, 3]), DOCUMENT)
     assert compared is not None
     assert compared[0] == [1, 2]
-    assert grid.compare_arms(arm("a", 1, [0]), arm("b", 1, [1]), DOCUMENT) is None
+    assert compare_arms(arm("a", 1, [0]), arm("b", 1, [1]), DOCUMENT) is None
 
 
 def test_an_arm_without_data_stands_on_every_draw() -> None:
     free, drawn = arm("a", 1, [None]), arm("b", 1, [4, 5])
-    compared = grid.compare_arms(free, drawn, DOCUMENT)
+    compared = compare_arms(free, drawn, DOCUMENT)
     assert compared is not None
     seeds, difference = compared
     assert seeds == [4, 5]
     ours = numpy.tile(free["divergence_of_each_window"], (2, 1))
     theirs = numpy.array(drawn["divergence_of_each_window"])
     assert difference.mean == pytest.approx(ours.sum() / theirs.sum() - 1)
-    both = grid.compare_arms(free, arm("b", 2, [None]), DOCUMENT)
+    both = compare_arms(free, arm("b", 2, [None]), DOCUMENT)
     assert both is not None
     assert both[0] == [None]
 

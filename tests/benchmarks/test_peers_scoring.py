@@ -18,6 +18,7 @@ import cell
 import dequantize
 import scoring
 import subjects
+from schemes import Rounding
 
 WORDS = ["[CLS]", "[SEP]", "<|endoftext|>", "a", "b", "c", "d"]
 
@@ -163,6 +164,6 @@ def test_floats_that_a_method_has_scaled_are_found(tmp_path: Path) -> None:
 
 
 def test_a_calibrated_preset_needs_a_draw() -> None:
-    held = cell.Cell(Path("m"), None, 3, 128, "default", 1, Path("o"))
+    held = cell.Cell(Path("m"), None, Rounding(3, 128), "default", 1, Path("o"))
     with pytest.raises(ValueError, match="preset default is calibrated"):
         held.draw()

@@ -14,6 +14,7 @@ import gptq_time
 import regions
 import run_compress
 from cell import Cell
+from schemes import Rounding
 
 
 class Clock:
@@ -132,7 +133,7 @@ def test_a_limit_that_is_missed_is_said() -> None:
 
 
 def test_the_last_step_of_a_preset_rounds() -> None:
-    cell = Cell(Path("model"), None, 2, 64, "rtn", 1, Path("out"))
+    cell = Cell(Path("model"), None, Rounding(2, 64), "rtn", 1, Path("out"))
     command = run_compress.command_of(cell, ["quantize", "rtn"], Path("model"), Path("out"), last=True)
     text = " ".join(command[1:])
     assert text.startswith("-m compress quantize rtn model --out out --bits 2 --group-size 64")
