@@ -103,12 +103,10 @@ class Classes(Trainer):
     def apply(self, source: "Artifact", target: Path, run: "Run") -> Outcome:
         """Train, take up what was trained before, and write the weights that are kept."""
         from compress.models.tasks import TextClassification
-        from compress.runtimes import Placement
-        from compress.runtimes.torch_eager import load_model
         from compress.training.arrangement import Asked, arranged
         from compress.training.precision import resolved
         from compress.training.teacher import same_vocabulary, tables
-        from compress.training.tutoring import drawn, padding_of, teach
+        from compress.training.tutoring import drawn, guide_of, padding_of, teach
 
         teacher, task = self._teacher(source, run), TextClassification()
         padding = padding_of(source, run)
@@ -118,7 +116,7 @@ class Classes(Trainer):
         def lesson(model: Any) -> "Lesson":
             text = drawn(self, source, run, task, count)
             arithmetic = resolved(self.precision, run.device)
-            guide, _ = load_model(teacher, task, Placement(run.device, arithmetic, run.trust_remote_code))
+            guide = guide_of(teacher, task, run, arithmetic)
             return arranged(model, guide, task, asked, None, text=text, arithmetic=arithmetic, run=run)
 
         outcome = teach(self, source, target, run, lesson)

@@ -220,12 +220,10 @@ class Hidden(Trainer):
     def apply(self, source: "Artifact", target: Path, run: "Run") -> Outcome:
         """Train, take up what was trained before, and write the weights that are kept."""
         from compress.models.tasks import TextGeneration
-        from compress.runtimes import Placement
-        from compress.runtimes.torch_eager import load_model
         from compress.training.arrangement import Asked, arranged
         from compress.training.precision import resolved
         from compress.training.teacher import same_vocabulary, tables
-        from compress.training.tutoring import drawn, padding_of, teach
+        from compress.training.tutoring import drawn, guide_of, padding_of, teach
 
         teacher, task = self._teacher(source, run)
         within = self._within(source, teacher, task, run)
@@ -244,7 +242,7 @@ class Hidden(Trainer):
         def lesson(model: Any) -> "Lesson":
             text = drawn(self, source, run, task, count)
             arithmetic = resolved(self.precision, run.device)
-            guide, _ = load_model(teacher, task, Placement(run.device, arithmetic, run.trust_remote_code))
+            guide = guide_of(teacher, task, run, arithmetic)
             return arranged(model, guide, task, asked, within, text=text, arithmetic=arithmetic, run=run)
 
         outcome = teach(self, source, target, run, lesson)

@@ -39,15 +39,10 @@ the same kind of device with the same number of threads. `compress.training.csv`
 step. Several processes share the windows of a step: `torchrun --nproc-per-node 2 -m compress distill ...`.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import ClassVar, final
 
 from compress.core.passes import Paper
 from compress.training.imitator import Imitator
-
-if TYPE_CHECKING:
-    from compress.core.artifact import Artifact
-    from compress.core.run import Run
-    from compress.training.precision import Arithmetic
 
 
 @final
@@ -68,12 +63,3 @@ class Logits(Imitator):
         "--teacher TEACHER --train TEXT --cache CACHE",
         "--teacher OTHER --train TEXT --vocabulary aligned --loss forward_kl=0.8,cross_entropy=0.2",
     )
-
-    def guide(self, teacher: "Artifact", run: "Run", arithmetic: "Arithmetic") -> Any:
-        """See `Distiller.guide`."""
-        from compress.models.tasks import TextGeneration
-        from compress.runtimes import Placement
-        from compress.runtimes.torch_eager import load_model
-
-        placement = Placement(run.device, arithmetic, run.trust_remote_code)
-        return load_model(teacher, TextGeneration(), placement)[0]

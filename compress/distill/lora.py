@@ -18,16 +18,11 @@ the model runs, at some cost in speed. Or train the integers themselves: `distil
 Experts that transformers keeps in one tensor get no adapter. Needs peft (`[peft]`).
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import ClassVar, final
 
 from compress.core.passes import Paper
 from compress.training.adapter_options import AdapterOptions
 from compress.training.imitator import Imitator
-
-if TYPE_CHECKING:
-    from compress.core.artifact import Artifact
-    from compress.core.run import Run
-    from compress.training.precision import Arithmetic
 
 
 @final
@@ -45,12 +40,3 @@ class Lora(Imitator, AdapterOptions):
         "--teacher TEACHER --train TEXT --tokens 5_000_000 --learning-rate 1e-3",
         "--teacher TEACHER --train TEXT --rank 64 --target '*.q_proj' --target '*.v_proj' --result adapter",
     )
-
-    def guide(self, teacher: "Artifact", run: "Run", arithmetic: "Arithmetic") -> Any:
-        """See `Distiller.guide`."""
-        from compress.models.tasks import TextGeneration
-        from compress.runtimes import Placement
-        from compress.runtimes.torch_eager import load_model
-
-        placement = Placement(run.device, arithmetic, run.trust_remote_code)
-        return load_model(teacher, TextGeneration(), placement)[0]

@@ -28,8 +28,6 @@ from compress.numerics.criterion import Criterion
 from compress.training.distiller import Comparison, Distiller
 
 if TYPE_CHECKING:
-    from compress.core.artifact import Artifact
-    from compress.core.run import Run
     from compress.training.head import Halves
     from compress.training.imitation import Teacher
     from compress.training.objective import Objective
@@ -93,15 +91,6 @@ class OnPolicy(Distiller):
     def stored(self) -> Path | None:
         """See `Distiller.stored`."""
         return None
-
-    def guide(self, teacher: "Artifact", run: "Run", arithmetic: "Arithmetic") -> Any:
-        """See `Distiller.guide`."""
-        from compress.models.tasks import TextGeneration
-        from compress.runtimes import Placement
-        from compress.runtimes.torch_eager import load_model
-
-        placement = Placement(run.device, arithmetic, run.trust_remote_code)
-        return load_model(teacher, TextGeneration(), placement)[0]
 
     def objective(
         self,

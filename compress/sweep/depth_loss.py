@@ -22,6 +22,7 @@ from compress.core.errors import CalibrationError, PlanError
 from compress.core.run import RESUMABLE
 from compress.models.blocks import Block, Recording, Reentry
 from compress.models.tasks import FeatureExtraction, Task, TextGeneration, resolve
+from compress.numerics.criterion import Criterion
 from compress.numerics.divergence import imitation
 from compress.sweep.activations import Activations
 from compress.sweep.depth_choice import Judgement, best_window, dispensable, ranked, starts, window
@@ -353,4 +354,5 @@ def _loss_of(task: Task, said: torch.Tensor, tokens: torch.Tensor, wanted: torch
     if isinstance(task, FeatureExtraction):
         return float(task.loss(said, wanted))
     rows = torch.zeros(said.flatten(0, -2).shape[0], dtype=torch.int64, device=said.device)
-    return float(imitation(said.flatten(0, -2), wanted.flatten(0, -2), rows).divergence.mean())
+    found = imitation(said.flatten(0, -2), wanted.flatten(0, -2), rows, Criterion())
+    return float(found.loss.mean())

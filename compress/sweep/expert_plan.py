@@ -22,7 +22,7 @@ from compress.models.blocks import Block, find_blocks
 from compress.models.load import configuration, skeleton
 from compress.sweep.config_counts import Count, find_count, resized, spellings
 from compress.sweep.config_search import ConfigSearch, Shapes, model_of
-from compress.sweep.narrow_plan import nearest_multiples
+from compress.sweep.narrow_numbers import nearest_multiples
 
 FEWEST: Final = 2
 """Experts that have to stay: with one there is nothing to choose, and the model should be dense."""

@@ -32,6 +32,7 @@ from compress.models.checkpoint import Checkpoint
 from compress.models.load import loaded_dtype
 from compress.models.tasks import FeatureExtraction, Task, resolve
 from compress.numerics.affine import ClipSearch, round_to_nearest
+from compress.numerics.criterion import Criterion
 from compress.numerics.divergence import imitation
 from compress.numerics.statistic import Statistic
 from compress.sweep.activations import Activations
@@ -291,7 +292,7 @@ def _divergence(outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor],
     total, count = 0.0, 0
     for said, base in zip(outputs, wanted, strict=True):
         targets = torch.zeros(len(said), dtype=torch.int64, device=said.device)
-        total += float(imitation(said, base, targets).divergence.sum(dtype=torch.float64))
+        total += float(imitation(said, base, targets, Criterion()).loss.sum(dtype=torch.float64))
         count += len(said)
     mean = total / count
     if not math.isfinite(mean):

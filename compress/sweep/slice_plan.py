@@ -30,7 +30,7 @@ from compress.models.probe import input_dimension, is_linear, output_dimension
 from compress.models.stream import Stream, find_stream, plain_values
 from compress.numerics.principal import principal
 from compress.sweep.config_search import HEAD_WIDTH, ConfigSearch, Shapes, model_of
-from compress.sweep.narrow_plan import kernel_multiple, nearest_multiples
+from compress.sweep.narrow_numbers import kernel_multiple, nearest_multiples
 from compress.sweep.rotation_plan import plan_rotation
 
 _HINT: Final = "take out channels and heads with prune.width, or blocks with prune.depth"

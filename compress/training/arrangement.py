@@ -103,12 +103,11 @@ def arranged(
     """The loss of a student and a teacher that are in memory.
 
     Args:
-        student, teacher: on their device.
+        student, teacher: on their device; nothing of the teacher is trained.
         task: of both models.
         within: what is compared inside, if anything.
         text: what is learned from.
     """
-    teacher.requires_grad_(False)
     inside = None
     watches: tuple[Watch, Watch] = (nullcontext, nullcontext)
     projections = Projections((), (1, 1), run.seed)

@@ -67,10 +67,6 @@ class Distiller(Trainer):
         """How tokens are compared."""
 
     @abstractmethod
-    def guide(self, teacher: "Artifact", run: "Run", arithmetic: "Arithmetic") -> Any:
-        """The teacher in memory, as the bench would bring it there."""
-
-    @abstractmethod
     def objective(
         self,
         model: Any,
@@ -196,7 +192,7 @@ class Distiller(Trainer):
         from compress.models.tasks import TextGeneration
         from compress.training.across import ForeignTeacher
         from compress.training.imitation import LiveTeacher
-        from compress.training.tutoring import drawn, halves_of
+        from compress.training.tutoring import drawn, guide_of, halves_of
         from compress.training.vocabularies import restricted, translation
 
         count = self.steps * self.batch * self.accumulation
@@ -204,8 +200,8 @@ class Distiller(Trainer):
             cache = self._opened(self.stored, source, teacher, run)
             return cache.text(count, self.evaluation_windows), cache, {"teacher_cache": cache.facts}
         text = drawn(self, source, run, TextGeneration(), vocabulary)
-        model = self.guide(teacher, run, arithmetic)
-        parts = halves_of(model.requires_grad_(False), text, run, arithmetic)
+        model = guide_of(teacher, TextGeneration(), run, arithmetic)
+        parts = halves_of(model, text, run, arithmetic)
         if self.comparison != "same":
             words = translation(source, teacher, run)
             return text, ForeignTeacher(parts, words), {"pairs": len(words.pairs)}

@@ -15,6 +15,8 @@ from compress.data import documents, training
 from compress.data.training import TrainingText
 from compress.models.load import configuration, tokenizer
 from compress.models.tasks import Task, TextClassification, TextGeneration
+from compress.runtimes import Placement
+from compress.runtimes.torch_eager import load_model
 from compress.training.head import Halves, halves
 from compress.training.loop import Loop, Trained
 from compress.training.objective import Objective
@@ -94,6 +96,13 @@ def halves_of(model: Any, text: TrainingText, run: Run, arithmetic: Arithmetic) 
     packing.check(model, probe)
     with autocast(arithmetic, device):
         return halves(model, probe, packing.batch)
+
+
+def guide_of(teacher: Artifact, task: Task, run: Run, arithmetic: Arithmetic) -> Any:
+    """A teacher in memory, as the bench would bring it there."""
+    placement = Placement(run.device, arithmetic, run.trust_remote_code)
+    model, _ = load_model(teacher, task, placement)
+    return model.requires_grad_(False)
 
 
 def whole_documents(method: Trainer, source: Artifact, task: Task) -> None:

@@ -13,6 +13,8 @@ from compress.training.head import halves
 from compress.training.imitation import Distributions, LiveTeacher
 from compress.training.matching import VECTOR, Inside, Matching, Plan, Projections
 from compress.training.outputs import NextTokens, Side, Vectors, Watched
+from compress.training.packing import Packing
+from compress.training.recomputation import recomputed
 from tests import models_zoo
 from tests.training.test_outputs import LENGTHS, encoder, rows
 
@@ -206,3 +208,56 @@ def test_projections_begin_as_isometries_and_only_where_they_are_needed() -> Non
     states = torch.ones(2, 4, dtype=torch.bfloat16)
     assert wide.at(1, states) is states
     assert wide.at(2, states).shape == (2, 6)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_packed_documents_are_compared_each_for_itself(name: str) -> None:
+    """A window counts for what it predicts, whoever shares its pass, and also with blocks computed twice."""
+    student, teacher = models_zoo.build(name, seed=1).double(), models_zoo.build(name, seed=2).double()
+    teacher.requires_grad_(False)
+    windows = models_zoo.tokens(3, 10).clamp(min=3)
+    windows[0, 4] = windows[1, 2] = windows[1, 6] = 2
+    packing = Packing(2)
+    made = plan(weights={"states": 0.5, "relations": 2.0, "maps": 0.25}, causal=True)
+    within = inside(student, teacher, made)
+    cut = [
+        Watched(halves(model, windows[:1, :8], packing.batch), recorder.recording)
+        for model, recorder in ((student, within.student), (teacher, within.teacher))
+    ]
+    distributions = Distributions(
+        cut[0], LiveTeacher(cut[1]), criterion=Criterion(), chunk=7, arithmetic="float32", packing=packing
+    )
+    objective = Matching(NextTokens(cut[0], cut[1], distributions, "float32", packing), 1.0, within)
+    assert objective.positions(windows) == distributions.positions(windows) == 24
+    found = objective.learn(windows, 24)
+    assert found.positions == 24
+    ours = gradients(student)
+    first, second, third = (objective.learn(window[None], 24) for window in windows)
+    assert first.plus(second).plus(third).means() == pytest.approx(found.means(), rel=1e-6)
+    for one, other in zip(ours, gradients(student), strict=True):
+        torch.testing.assert_close(one, other)
+    with recomputed(student):
+        assert objective.learn(windows, 24).means() == pytest.approx(found.means())
+    for one, other in zip(ours, gradients(student), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_document_has_no_relations_with_another() -> None:
+    student, teacher = models_zoo.build("llama", seed=1).double(), models_zoo.build("llama", seed=2).double()
+    within = inside(student, teacher, plan(weights={"relations": 2.0, "maps": 0.25}, causal=True))
+    packing, windows = Packing(2), torch.tensor([[5, 6, 2, 7, 8, 9, 10, 11]])
+
+    @torch.no_grad()
+    def values(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        for model, recorder in ((student, within.student), (teacher, within.teacher)):
+            with recorder.recording():
+                model(**packing.batch(tokens), use_cache=False)
+        documents = packing.numbers(tokens)
+        # Positions of the second document alone, beside a first one that is there and does not count.
+        relations, maps = within.values(documents), within.values((documents == 2).long())
+        return {"counted": relations["maps"], **{str(name): value for name, value in maps.items()}}
+
+    before, after = values(windows), values(torch.tensor([[50, 60, 2, 7, 8, 9, 10, 11]]))
+    assert not torch.equal(before["counted"], after["counted"])
+    for name in ("relations", "maps"):
+        torch.testing.assert_close(before[name], after[name])

@@ -10,19 +10,23 @@ from compress.numerics.criterion import Criterion
 from compress.training.head import halves
 from compress.training.imitation import Distributions, LiveTeacher
 from compress.training.on_policy import OnPolicy
+from compress.training.packing import JOINED, Packing
 from tests import models_zoo
 
 PROMPT, LENGTH, BETA = 5, 7, 0.3
 
 
-def objective(student: Any, teacher: Any, share: float = 1.0, temperature: float = 1.0) -> OnPolicy:
+def objective(
+    student: Any, teacher: Any, share: float = 1.0, temperature: float = 1.0, packing: Packing = JOINED
+) -> OnPolicy:
     probe = models_zoo.tokens(1, 8)
     imitation = Distributions(
-        halves(student, probe),
-        LiveTeacher(halves(teacher.requires_grad_(False), probe)),
+        halves(student, probe, packing.batch),
+        LiveTeacher(halves(teacher.requires_grad_(False), probe, packing.batch)),
         criterion=Criterion({"jensen_shannon": 1.0}, BETA),
         chunk=6,
         arithmetic="float32",
+        packing=packing,
     )
     return OnPolicy(
         student,
@@ -32,6 +36,7 @@ def objective(student: Any, teacher: Any, share: float = 1.0, temperature: float
         prompt=PROMPT,
         length=LENGTH,
         arithmetic="float32",
+        packing=packing,
     )
 
 
@@ -123,3 +128,20 @@ def test_evaluation_is_on_the_text_and_draws_nothing() -> None:
     found = loss.judge(models_zoo.tokens(3, 16))
     assert torch.equal(before, torch.get_rng_state())
     assert found.positions == 3 * 15
+
+
+def test_apart_the_student_goes_on_with_the_last_document_of_its_prompt() -> None:
+    student, teacher = models_zoo.build("llama", seed=1), models_zoo.build("llama", seed=2)
+    windows = models_zoo.tokens(4, 16).clamp(min=3)
+    windows[:, 1] = 2
+    loss = objective(student, teacher, temperature=1e-4, packing=Packing(2))
+    found = loss.sampled(windows)
+    changed = windows.clone()
+    changed[:, 0] = 3 + windows[:, 0] % 90
+    assert torch.equal(loss.sampled(changed)[:, PROMPT:], found[:, PROMPT:])
+    with torch.no_grad():
+        wanted = student(windows[:, 2:PROMPT]).logits[:, -1].argmax(-1)
+    assert torch.equal(found[:, PROMPT], wanted)
+    # A pass counts for what it would have predicted on the text.
+    assert loss.positions(windows) == 4 * 14
+    assert loss.learn(windows, 4 * 14).positions == 4 * 14
