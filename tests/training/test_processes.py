@@ -94,7 +94,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def words(place: Path, out: Path) -> list[str]:
+def words(place: Path, out: Path, use: str = "logits") -> list[str]:
     given = {
         "--teacher": place / "teacher" / "llama-tied",
         "--train": place / "tokens.safetensors",
@@ -102,7 +102,7 @@ def words(place: Path, out: Path) -> list[str]:
         **WORDS,
     }
     flags = [str(word) for pair in given.items() for word in pair]
-    return ["distill", "logits", str(place / "student" / "llama-tied"), *flags]
+    return ["distill", use, str(place / "student" / "llama-tied"), *flags]
 
 
 def table(out: Path) -> list[dict[str, str]]:
@@ -153,6 +153,31 @@ def test_two_processes_have_the_losses_of_one_and_one_of_them_writes(
     # The same training, by whomever: what is there is up to date.
     assert together.run(1, together.command, words(place, out), tmp_path / "again") == [0]
     assert not events(tmp_path / "again", 0)
+
+
+@pytest.mark.parametrize(
+    ("use", "flags"),
+    [
+        ("hidden", ["--states", "1", "--relations", "1", "--projection", "always"]),
+        ("lora", ["--rank", "4", "--activations", "recompute"]),
+    ],
+)
+def test_what_is_trained_beside_a_model_or_inside_it_is_shared_too(
+    use: str, flags: list[str], place: Path, tmp_path: Path
+) -> None:
+    for count in (1, 2):
+        given = [*words(place, tmp_path / f"by-{count}", use), *flags]
+        assert together.run(count, together.command, given, tmp_path / f"{count}.log") == [0] * count
+    same(tmp_path / "by-2", tmp_path / "by-1")
+
+
+def test_each_process_samples_for_itself(place: Path, tmp_path: Path) -> None:
+    flags = ["--share", "1", "--prompt-tokens", "4", "--max-new-tokens", "8"]
+    for name in ("one", "two"):
+        given = [*words(place, tmp_path / name, "on_policy"), *flags]
+        assert together.run(2, together.command, given, tmp_path / f"{name}.log") == [0, 0]
+    assert table(tmp_path / "one") == table(tmp_path / "two")
+    assert len(table(tmp_path / "one")) == STEPS + 1
 
 
 @pytest.mark.parametrize(("killed", "then"), [(0, 1), (1, 3)])
