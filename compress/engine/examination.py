@@ -16,7 +16,9 @@ DISTRIBUTION: Final = "compress-models"
 EXTRAS: Final[Mapping[str, str]] = {
     "hub": "data sets of the hub as texts for calibration, training and measuring",
     "suites": "ROUGE, BLEU and the word error rate of suites with written answers",
+    "tensorboard": "the progress of a training on TensorBoard: --log tensorboard",
     "lm-eval": "tasks of lm-evaluation-harness by name, as suites",
+    "mlflow": "the progress of a training in MLflow: --log mlflow",
     "onnx": "export to ONNX, and ONNX Runtime on processors",
     "onnx-gpu": "the same with ONNX Runtime for NVIDIA's GPUs, in place of the extra onnx",
     "bitsandbytes": "8 and 4 bits in the formats of bitsandbytes",

@@ -93,7 +93,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["quantise"], "unknown command 'compress quantise'", "did you mean 'quantize'?"),
         (["quantize", "rtm"], "unknown command 'compress quantize rtm'", "did you mean 'rtn'?"),
-        (["xyzzy"], "unknown command 'compress xyzzy'", "known: analyze sensitivity, bench"),
+        (["xyzzy"], "unknown command 'compress xyzzy'", "known: analyze importance, analyze"),
         (["quantize", "rtn", "m", "--bit", "3"], "unknown flag '--bit'", "did you mean '--bits'?"),
         (["quantize", "rtn", "m", "--group_size", "3"], "unknown flag '--group_size'", "'--group-size'"),
         (["quantize", "rtn", "m", "--xyzzy"], "unknown flag '--xyzzy'", "compress quantize rtn --help"),

@@ -14,7 +14,7 @@ from compress import engine
 from compress.core.artifact import RUN_FILE, TRAINING_FILE, Lineage
 from compress.core.errors import CompressError, ModelError, PlanError, UsageError
 from compress.core.recipe import Recipe
-from tests import models_zoo, quantized_models
+from tests import models_zoo, packed_models, quantized_models
 from tests.distill.test_classes import classifier, text
 from tests.dummies import Killed, KillingRecorder
 
@@ -333,3 +333,24 @@ def test_a_model_may_learn_from_its_own_upper_layers(place: Path, tmp_path: Path
     engine.run(made, tmp_path / "out", single=True)
     found = decisions_of(tmp_path / "out")["validation"]
     assert found["best"]["states"] < found["before"]["states"]
+
+
+def test_integers_learn_inside_on_their_grid(place: Path, tmp_path: Path) -> None:
+    model(tmp_path, "floats", llama(32, 2, 4), seed=3)
+    student = packed_models.integers(tmp_path / "floats", tmp_path / "integers", bits=4, group=16)
+    quantized_models.add_tokenizer(student, models_zoo.VOCABULARY)
+    made = recipe(place, "llama", model=student, **EVERYTHING, scales="train", activations="recompute")
+    engine.run(made, tmp_path / "out", single=True)
+    before, best = (decisions_of(tmp_path / "out")["validation"][when] for when in ("before", "best"))
+    assert best["loss"] < before["loss"]
+    tensors = [load_file(path / "model.safetensors") for path in (student, tmp_path / "out")]
+    assert {name: tensor.dtype for name, tensor in tensors[0].items()} == {
+        name: tensor.dtype for name, tensor in tensors[1].items()
+    }
+
+
+def test_encoders_refuse_to_be_told_how_documents_share_a_window(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="reads them one by one"):
+        engine.run(recipe(place, "bert", documents="apart"), tmp_path / "out", single=True)
+    with pytest.raises(PlanError, match="no model of integers"):
+        engine.run(recipe(place, "bert", scales="train"), tmp_path / "out", single=True)
