@@ -66,11 +66,11 @@ class Classes(Trainer):
     def _teacher(self, source: "Artifact", run: "Run") -> "Artifact":
         from compress.models.tasks import TextClassification
         from compress.training.teacher import same_classes, teacher_of
-        from compress.training.tutoring import whole_documents
+        from compress.training.tutoring import check_documents
 
         teacher = teacher_of(self, "teacher", source, run, (TextClassification,))
         same_classes(source, teacher, run)
-        whole_documents(self, source, TextClassification())
+        check_documents(self, source, TextClassification())
         if self.cross_entropy == 0 and teacher.digest == source.digest:
             raise PlanError(
                 f"teacher and student are the same model ({source.path}): there is nothing to learn",

@@ -152,7 +152,7 @@ class Hidden(Trainer):
     def _teacher(self, source: "Artifact", run: "Run") -> "tuple[Artifact, Task]":
         from compress.models.tasks import FeatureExtraction, TextClassification, TextGeneration, resolve
         from compress.training.teacher import same_classes, teacher_of
-        from compress.training.tutoring import whole_documents
+        from compress.training.tutoring import check_documents
 
         kinds = (TextGeneration, TextClassification, FeatureExtraction)
         teacher = teacher_of(self, "teacher", source, run, kinds)
@@ -163,7 +163,7 @@ class Hidden(Trainer):
                     f"{option} means nothing to {source.path}: it is another kind of model ({task.title})",
                     f"leave --{option.replace('_', '-')} out",
                 )
-        whole_documents(self, source, task)
+        check_documents(self, source, task)
         if isinstance(task, TextClassification):
             same_classes(source, teacher, run)
         if teacher.digest == source.digest and not self.cross_entropy and not self.layer_map:

@@ -105,7 +105,7 @@ def guide_of(teacher: Artifact, task: Task, run: Run, arithmetic: Arithmetic) ->
     return model.requires_grad_(False)
 
 
-def whole_documents(method: Trainer, source: Artifact, task: Task) -> None:
+def check_documents(method: Trainer, source: Artifact, task: Task) -> None:
     """Refuse what only windows of a stream of text can be told.
 
     Raises:
