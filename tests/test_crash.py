@@ -128,11 +128,11 @@ def resumes(crashing: Crashing, out: Path, expected: dict[str, bytes], first: li
 
 # Each in the middle of the model, and for a shard in the middle of a file.
 MOMENTS = [
-    ("block.calibrate", 7),
+    pytest.param("block.calibrate", 7, marks=pytest.mark.slow),
     ("layer.solve", 10),
-    ("shard.tensor", 40),
+    pytest.param("shard.tensor", 40, marks=pytest.mark.slow),
     ("artifact.rename", 1),
-    ("verify.block", 3),
+    pytest.param("verify.block", 3, marks=pytest.mark.slow),
 ]
 
 

@@ -72,7 +72,7 @@ def test_many_launches_are_resampled_with_their_turns() -> None:
     assert math.log(found.high) == pytest.approx(high, abs=0.1 * width)
 
 
-@pytest.mark.parametrize("launches", [3, 8, 24])
+@pytest.mark.parametrize("launches", [3, 8, pytest.param(24, marks=pytest.mark.slow)])
 def test_bounds_hold_as_often_as_they_say_on_a_shared_machine(launches: int) -> None:
     generator = np.random.default_rng(4)
     experiments = 500

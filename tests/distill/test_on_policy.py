@@ -67,7 +67,14 @@ def test_a_student_comes_nearer_to_its_teacher(place: Path, tmp_path: Path) -> N
     assert found["best"]["loss"] == found["best"]["jensen_shannon"]
 
 
-@pytest.mark.parametrize("moment", [("training.step", 3), ("checkpoint.finish", 2), ("training.step", 5)])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        ("training.step", 3),
+        pytest.param(("checkpoint.finish", 2), marks=pytest.mark.slow),
+        pytest.param(("training.step", 5), marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_goes_on_to_the_same_bytes(moment: tuple[str, int], place: Path, tmp_path: Path) -> None:
     engine.run(recipe(place), tmp_path / "whole", single=True)
     with pytest.raises(Killed):

@@ -80,7 +80,13 @@ def decisions(folder: Path) -> dict[str, Any]:
     return dict(lineage.steps[-1].decisions)
 
 
-@pytest.mark.parametrize("loss", ["forward_kl", "forward_kl=0.7,cross_entropy=0.3"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param("forward_kl", marks=pytest.mark.slow),
+        "forward_kl=0.7,cross_entropy=0.3",
+    ],
+)
 def test_a_cached_teacher_leads_to_where_the_live_one_leads(loss: str, place: Path, tmp_path: Path) -> None:
     """Of 96 tokens 64 are kept; both students are judged by the live teacher over all of them.
 

@@ -19,6 +19,7 @@ from compress.sweep.slice_weights import SliceWeights
 from tests import models_zoo
 from tests.depth_models import outputs
 from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.marks import slow_but
 from tests.prune import test_width
 from tests.prune.test_width import SAMPLES, calibration, decisions, loaded, tensors
 
@@ -192,7 +193,7 @@ def distances(source: Path, out: Path) -> float:
     return float((wanted.exp() * (wanted - said)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "starcoder2"])
+@pytest.mark.parametrize("name", slow_but(("llama-tied",), ("llama-tied", "starcoder2")))
 def test_a_repair_comes_nearer_to_the_original(name: str, tmp_path: Path) -> None:
     source = write(name, tmp_path)
     plain = sliced(source, tmp_path / "plain", keep=0.75, samples=64)
@@ -288,7 +289,7 @@ def test_hidden_states_that_are_not_finite_are_an_error(
 @pytest.mark.parametrize(
     ("event", "number", "repair"),
     [
-        ("block.finish", 2, False),
+        pytest.param("block.finish", 2, False, marks=pytest.mark.slow),
         ("block.finish", 5, True),
         pytest.param("block.calibrate", 3, False, marks=pytest.mark.slow),
         pytest.param("block.finish", 3, True, marks=pytest.mark.slow),

@@ -55,7 +55,9 @@ def bits_on_disk(artifact: Artifact) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("budget", [3.0, 3.7, 4.5])
+@pytest.mark.parametrize(
+    "budget", [pytest.param(3.0, marks=pytest.mark.slow), 3.7, pytest.param(4.5, marks=pytest.mark.slow)]
+)
 def test_an_average_of_bits_is_kept_and_used(budget: float, recipe: dict[str, Any], tmp_path: Path) -> None:
     model = models_zoo.write("llama", tmp_path)
     artifact, decided = made(recipe, model, tmp_path / "out", bits_per_weight=budget)
@@ -91,6 +93,7 @@ def test_a_size_holds_for_the_tensors_on_disk(recipe: dict[str, Any], tmp_path: 
     assert decided["bits_per_weight"] > 2
 
 
+@pytest.mark.slow
 def test_a_divergence_is_not_exceeded_and_costs_as_little_as_it_can(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -104,6 +107,7 @@ def test_a_divergence_is_not_exceeded_and_costs_as_little_as_it_can(
         made(recipe, model, tmp_path / "none", max_kl=1e-9)
 
 
+@pytest.mark.slow
 def test_experts_have_one_number_of_bits(recipe: dict[str, Any], tmp_path: Path) -> None:
     artifact, decided = made(
         recipe, models_zoo.write("mixtral", tmp_path), tmp_path / "out", bits_per_weight=4.4

@@ -184,7 +184,7 @@ def test_an_asymmetric_model_loads_without_arguments(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_calibrated_method_rounds_head_and_embedding_when_asked(tied: bool, tmp_path: Path) -> None:
     model = models_zoo.write("llama-tied" if tied else "llama", tmp_path)
     save_file({"input_ids": models_zoo.tokens(16, 32)}, tmp_path / "tokens.safetensors")

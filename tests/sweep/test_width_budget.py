@@ -13,6 +13,7 @@ from compress.prune.width import Width
 from tests import models_zoo
 from tests.depth_models import calibration, decisions, loaded
 from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.marks import slow_but
 
 
 def recipe_of(source: Path, folder: Path, budget: str, **options: Any) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def disk(folder: Path) -> int:
     return sum(4 * parameter.numel() for parameter in loaded(folder).parameters())
 
 
-@pytest.mark.parametrize("budget", ["60%", "20_000", "90KB", "1.4x"])
+@pytest.mark.parametrize("budget", slow_but(("60%",), ("60%", "20_000", "90KB", "1.4x")))
 def test_a_budget_is_kept_and_the_best_trial_taken(budget: str, tmp_path: Path) -> None:
     source = models_zoo.write("llama", tmp_path)
     out = prune(source, tmp_path / "out", budget)

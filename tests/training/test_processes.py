@@ -180,7 +180,7 @@ def test_each_process_samples_for_itself(place: Path, tmp_path: Path) -> None:
     assert len(table(tmp_path / "one")) == STEPS + 1
 
 
-@pytest.mark.parametrize(("killed", "then"), [(0, 1), (1, 3)])
+@pytest.mark.parametrize(("killed", "then"), [(0, 1), pytest.param(1, 3, marks=pytest.mark.slow)])
 def test_a_killed_process_ends_the_others_and_the_run_resumes_with_another_number(
     killed: int, then: int, place: Path, alone: Path, tmp_path: Path
 ) -> None:

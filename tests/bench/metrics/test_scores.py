@@ -266,6 +266,7 @@ def test_gutenberg_s_reference(shared: Path) -> None:
     assert math.log(found.value) == pytest.approx(3.7175, abs=5e-4)
 
 
+@pytest.mark.slow
 def test_stories_reference(shared: Path) -> None:
     """1.54422 nats a token over all 79,532 targets, each story as BOS and tokens, cut at 512."""
     found = measured(
