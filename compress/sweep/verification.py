@@ -242,7 +242,17 @@ class _Verification:
                 return_freed()
             elif getattr(module, "quantization_scheme", None) is not None:
                 _check_input_scale(owner, module)
-                yield self._float_name(owner, names), _decompressed(module)
+                numbers = self._float_name(owner, names)
+                # A bias is no part of the numbers, and training may have changed it.
+                beside = {
+                    self.checkpoint.target[name]: name
+                    for name in names
+                    if name != numbers and name in self.lineage.tensors
+                }
+                for target, name in beside.items():
+                    if target.rpartition(".")[0] == owner:
+                        yield name, self.model.get_parameter(target).detach()
+                yield numbers, _decompressed(module)
                 # A block of dense weights is several times the packed one.
                 self.checkpoint.release(owner)
                 return_freed()
