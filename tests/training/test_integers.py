@@ -105,6 +105,18 @@ def test_trained_integers_are_written_in_their_own_format(kind: str, form: str, 
         torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
 
 
+def test_a_bias_beside_integers_is_trained_and_verified(tmp_path: Path) -> None:
+    source = stored(tmp_path, "int8", "llama-biased")
+    student = Student(source, Run())
+    with torch.no_grad():
+        for name, weight in student.model.named_parameters():
+            if name.endswith("up_proj.bias"):
+                weight.add_(1.0)
+    before, after = tensors_of(source.path), held(source, tmp_path / "out", student)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith("up_proj.bias")} != set()
+
+
 def test_a_student_that_learned_nothing_takes_its_integers_again(tmp_path: Path) -> None:
     source = stored(tmp_path, "int4-asymmetric", "llama-tied")
     student = Student(source, Run(), scales=True)
