@@ -34,7 +34,7 @@ from compress.sweep.narrow_model import NarrowModel
 from compress.sweep.prediction import predict_narrowing
 from compress.sweep.rewriting import agree
 from compress.sweep.unit import UnitRecord
-from compress.sweep.walk import OUTSIDE, Walk, decided, placed_skeleton
+from compress.sweep.walk import OUTSIDE, Walk, outcome_of, placed_skeleton
 
 By = Literal["effect", "use"]
 
@@ -126,10 +126,7 @@ class _Removal:
                 lambda: finish_unread(walk, OUTSIDE, len(walk.blocks), as_they_are(walk.outside_names())),
             )
         walk.complete(records, self.plan.config)
-        tensors = {name: meant for record in records for name, meant in record.tensors.items()}
-        layers = [row for record in records for row in record.layers]
-        changed = sum(meant.changed for meant in tensors.values())
-        return Outcome({"changed": changed, "layers": decided(layers)}, tensors)
+        return outcome_of(records, {})
 
     def _block(self, block: Block, activations: Activations, reentry: Reentry) -> UnitRecord:
         walk = self.walk

@@ -36,7 +36,7 @@ from compress.sweep.memory import return_freed
 from compress.sweep.rewriting import agree, write_rewritten
 from compress.sweep.selection import check_patterns
 from compress.sweep.unit import UnitRecord
-from compress.sweep.walk import OUTSIDE, Walk, decided, placed_skeleton
+from compress.sweep.walk import OUTSIDE, Walk, outcome_of, placed_skeleton
 
 
 @dataclass(frozen=True)
@@ -201,14 +201,7 @@ class _Folding:
                 title, lambda block: self._block(block, activations, reentry), self._outside
             )
         walk.complete(records, dict(walk.source.config))
-        tensors = {name: meant for record in records for name, meant in record.tensors.items()}
-        layers = [row for record in records for row in record.layers]
-        decisions = {
-            "folds": len(layers),
-            "changed": sum(meant.changed for meant in tensors.values()),
-            "layers": decided(layers),
-        }
-        return Outcome(decisions, tensors)
+        return outcome_of(records, {"folds": sum(len(record.layers) for record in records)})
 
     def _block(self, block: Block, activations: Activations, reentry: Reentry) -> UnitRecord:
         walk = self.walk

@@ -34,6 +34,7 @@ from compress.models.load import loaded_dtype, skeleton
 from compress.models.probe import input_features, output_features
 from compress.numerics.masks import PartImportance, strongest
 from compress.sweep.activations import Activations
+from compress.sweep.config_search import changes
 from compress.sweep.cutting import write_pieces
 from compress.sweep.decode_prediction import decode_prediction, read_bytes
 from compress.sweep.narrow_cuts import (
@@ -62,7 +63,7 @@ from compress.sweep.narrow_repair import (
 from compress.sweep.prediction import predict_narrowing
 from compress.sweep.scarcity import scarce, warning
 from compress.sweep.unit import UnitRecord
-from compress.sweep.walk import OUTSIDE, Walk, decided, placed_skeleton
+from compress.sweep.walk import OUTSIDE, Walk, outcome_of, placed_skeleton
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,7 @@ def narrow(asked: Asked, how: How, source: Artifact, target: Path, run: Run) -> 
         stream = KeptStream(plan.hidden, kept, model)
     outcome = _Narrowing(walk, plan, how, importance, stream, model.dtype).apply()
     before, after = reduction(shapes, plan.shapes)
-    changed = {
-        name: value for name, value in plan.config.items() if source.config.get(name, _ABSENT) != value
-    }
+    changed = changes(source.config, plan.config)
     decisions = {
         "shape": {NAMES[axis]: verdict.document(axis) for axis, verdict in plan.verdicts.items()},
         "missing": {NAMES[kind]: why for kind, why in plan.missing.items()},
@@ -149,9 +148,6 @@ def narrow(asked: Asked, how: How, source: Artifact, target: Path, run: Run) -> 
         **outcome.decisions,
     }
     return Outcome(decisions, outcome.tensors)
-
-
-_ABSENT = object()
 
 
 def _said(plan: NarrowPlan) -> list[str]:
@@ -213,16 +209,7 @@ class _Narrowing:
         walk.complete(records, self.plan.config)
         if self.how.repair:
             _warn(walk.run, [row for record in records for row in record.layers])
-        return self._outcome(records)
-
-    def _outcome(self, records: Sequence[UnitRecord]) -> Outcome:
-        tensors = {name: meant for record in records for name, meant in record.tensors.items()}
-        layers = [row for record in records for row in record.layers]
-        decisions = {
-            "changed": sum(meant.changed for meant in tensors.values()),
-            "layers": decided(layers),
-        }
-        return Outcome(decisions, tensors)
+        return outcome_of(records, {})
 
     def _block(self, block: Block, activations: Activations, reentry: Reentry) -> UnitRecord:
         walk = self.walk

@@ -28,7 +28,7 @@ from compress.sweep.rewriting import agree, write_rewritten
 from compress.sweep.rotation_plan import RotationPlan, plan_rotation
 from compress.sweep.rotation_weights import Turns, kurtosis
 from compress.sweep.unit import UnitRecord
-from compress.sweep.walk import OUTSIDE, Walk, decided, placed_skeleton
+from compress.sweep.walk import OUTSIDE, Walk, outcome_of, placed_skeleton
 
 _SEQUENCES, _TOKENS = 2, 12
 """Of the random tokens on which a rotated block is held against the block as it was."""
@@ -77,7 +77,6 @@ def rotate(asked: Asked, source: Artifact, target: Path, run: Run) -> Outcome:
     walk = Walk(source, target, run, model, checkpoint, device)
     turns = Turns(plan, model, asked.seed, device)
     records = _Rotating(walk, plan, turns, model.dtype).apply()
-    tensors = {name: meant for record in records for name, meant in record.tensors.items()}
     config = dict(source.config)
     if plan.untied is not None:
         config["tie_word_embeddings"] = False
@@ -89,10 +88,8 @@ def rotate(asked: Asked, source: Artifact, target: Path, run: Run) -> Outcome:
         "heads": sorted({int(entry.rows.shape[1]) for entry in plan.heads}),
         "norms": [norm.name for norm in plan.stream.norms],
         "kept": dict(sorted(plan.kept.items())),
-        "changed": sum(meant.changed for meant in tensors.values()),
-        "layers": decided(row for record in records for row in record.layers),
     }
-    return Outcome(decisions, tensors)
+    return outcome_of(records, decisions)
 
 
 def _matrix(model: Any, path: str) -> Matrix:

@@ -37,7 +37,7 @@ from compress.sweep.narrow_model import NarrowModel
 from compress.sweep.rewriting import agree
 from compress.sweep.scarcity import scarce, warning
 from compress.sweep.unit import UnitRecord
-from compress.sweep.walk import OUTSIDE, Walk, decided, placed_skeleton
+from compress.sweep.walk import OUTSIDE, Walk, outcome_of, placed_skeleton
 
 By = Literal["influence", "loss"]
 
@@ -232,16 +232,7 @@ class _Shortening:
             advance(1)
         walk.complete(records, self.config)
         self._warn(records)
-        return self._outcome(records)
-
-    def _outcome(self, records: Sequence[UnitRecord]) -> Outcome:
-        tensors = {name: meant for record in records for name, meant in record.tensors.items()}
-        layers = [row for record in records for row in record.layers]
-        decisions = {
-            "changed": sum(meant.changed for meant in tensors.values()),
-            "layers": decided(layers),
-        }
-        return Outcome(decisions, tensors)
+        return outcome_of(records, {})
 
     def _warn(self, records: Sequence[UnitRecord]) -> None:
         # Blocks may have been judged by less text than layers are fitted to.

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 
@@ -26,6 +26,7 @@ from compress.models.load import skeleton
 from compress.models.writers import Writer
 from compress.numerics.principal import Basis
 from compress.sweep.activations import Activations
+from compress.sweep.config_search import changes
 from compress.sweep.depth_repair import writers_of
 from compress.sweep.narrow_plan import reduction
 from compress.sweep.prediction import predict_narrowing, rate
@@ -37,9 +38,7 @@ from compress.sweep.slice_repair import Fitted, SliceRepair
 from compress.sweep.slice_scan import find_basis
 from compress.sweep.slice_weights import New, SliceWeights, resized
 from compress.sweep.unit import UnitRecord
-from compress.sweep.walk import OUTSIDE, Walk, decided, placed_skeleton
-
-_ABSENT: Final = object()
+from compress.sweep.walk import OUTSIDE, Walk, outcome_of, placed_skeleton
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,6 @@ def slice_stream(asked: Sliced, source: Artifact, target: Path, run: Run) -> Out
         run.reporter.message(f"{plan.untied} gets a weight of its own, apart from the embedding's")
     writers = writers_of(source, run, checkpoint) if asked.repair else {}
     records = _Slicing(walk, plan, basis, writers).apply()
-    tensors = {name: meant for record in records for name, meant in record.tensors.items()}
     before, after = reduction(
         {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, plan.shapes
     )
@@ -127,14 +125,10 @@ def slice_stream(asked: Sliced, source: Artifact, target: Path, run: Run) -> Out
         "carried": f"{basis.carried:.6g}",
         "keeps_mean": plan.stream.keeps_mean,
         "untied": plan.untied is not None,
-        "config": {
-            name: value for name, value in plan.config.items() if source.config.get(name, _ABSENT) != value
-        },
+        "config": changes(source.config, plan.config),
         "parameters": {"before": before, "after": after},
-        "changed": sum(meant.changed for meant in tensors.values()),
-        "layers": decided(row for record in records for row in record.layers),
     }
-    return Outcome(decisions, tensors)
+    return outcome_of(records, decisions)
 
 
 @final

@@ -16,6 +16,7 @@ from typing import Any, final
 import torch
 
 from compress.core.artifact import LAYERS_FILE, Artifact
+from compress.core.passes import Outcome
 from compress.core.run import Run
 from compress.data.calibration import draw
 from compress.formats.shards import write_index
@@ -194,6 +195,19 @@ class Walk:
 
     def _activation_file(self, position: int) -> Path:
         return self.run.scratch / f"activations-{position:05d}.safetensors"
+
+
+def outcome_of(records: Sequence[UnitRecord], decisions: Mapping[str, Any]) -> Outcome:
+    """What a finished walk says: what was decided, how many tensors changed, and the table of layers.
+
+    Args:
+        records: of all units.
+        decisions: what the method has to say beside.
+    """
+    tensors = {name: meant for record in records for name, meant in record.tensors.items()}
+    changed = sum(meant.changed for meant in tensors.values())
+    layers = decided(row for record in records for row in record.layers)
+    return Outcome({**decisions, "changed": changed, "layers": layers}, tensors)
 
 
 def decided(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
