@@ -47,7 +47,7 @@ class Bench(BaseModel):
         default=3, description="timed samples of each rate in a launch at least, after a warm-up"
     )
     launch_seconds: NonNegativeFloat = Field(
-        default=3.0,
+        default=6.0,
         description="seconds that the samples of each rate shall take in a launch: where they are short, "
         "there are more of them, at most 40; 0 takes `repeats`",
     )
