@@ -287,19 +287,16 @@ def rounds_of(folders: Sequence[Path], after: str = "after") -> list[Round]:
 def read_rounds(folder: Path, after: str = "after") -> list[Round]:
     """The rounds of launches of a real experiment, one candidate of it as AFTER."""
     results = Results.read(folder / "results.json")
-    roles: dict[str, Role] = {}
-    for arm in results.arms:
-        if arm.role != "after" or arm.model == after:
-            roles[arm.name] = arm.role
+    arms = {arm.name: arm for arm in results.arms if arm.role != "after" or arm.model == after}
+    numbers = {name: (launch.round for launch in arm.launches) for name, arm in arms.items()}
     launches = [one for one in processes_of(folder) if one["stage"] == Stage.TIMING]
-    arms = len({*results.order})
-    rounds: list[Round] = []
-    for first in range(0, len(launches), arms):
-        taken = zip(results.order[first : first + arms], launches[first : first + arms], strict=True)
-        rounds.append(
-            {roles[name]: Launch(one["seconds"], one["measurements"]) for name, one in taken if name in roles}
-        )
-    return rounds
+    rounds: dict[int, dict[Role, Launch]] = {}
+    for name, one in zip(results.order, launches, strict=True):
+        if name in arms:
+            found = rounds.setdefault(next(numbers[name]), {})
+            found[arms[name].role] = Launch(one["seconds"], one["measurements"])
+    # Further looks leave out the arms of gates that are decided.
+    return [found for found in rounds.values() if len(found) == len(arms)]
 
 
 def processes_of(folder: Path) -> list[dict[str, Any]]:

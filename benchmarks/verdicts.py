@@ -69,6 +69,7 @@ from resampling import (
     judges,
     needed_examples,
     resampled,
+    with_quantity,
 )
 from verdicts_report import render
 
@@ -90,6 +91,7 @@ def noise_of(rounds: Sequence[Round], metric: str) -> dict[str, float]:
     def logs(launch: Launch) -> list[float]:
         return [math.log(sample) for sample in launch.measurements[metric]["samples"]]
 
+    rounds = with_quantity(rounds, metric)
     launches = [logs(launch) for found in rounds for launch in found.values()]
     pairs = [fmean(logs(found["after"])) - fmean(logs(found["before"])) for found in rounds]
     turns = [
@@ -107,7 +109,7 @@ def noise_of(rounds: Sequence[Round], metric: str) -> dict[str, float]:
 
 def slowdown_of(rounds: Sequence[Round], metric: str, delay: float, options: Bench) -> dict[str, Any]:
     """How much longer the candidate really took, over all rounds, beside what was planted."""
-    before, after, _ = arms_of(rounds, metric)
+    before, after, _ = arms_of(with_quantity(rounds, metric), metric)
     values = after.measurements[metric], before.measurements[metric]
     found = effect(*values, "ratio", confidence=options.confidence, resamples=options.resamples)
     bounds = [None if bound is None else 1 / bound - 1 for bound in (found.high, found.low)]
@@ -122,14 +124,13 @@ def real_verdicts(folders: Sequence[Path], gates: Sequence[Gate]) -> list[dict[s
         for judgement in results.judgements:
             arm = results.arm(judgement.after)
             value = arm.measurements[judgement.metric]
-            launches = value.conditions.get("launches")
             found.append(
                 {
                     "experiment": folder.name,
                     "gate": judgement.gate,
                     "after": arm.model,
                     "verdict": judgement.verdict.value,
-                    "launches": launches,
+                    "launches": len(value.launches) or None,
                     "explanation": judgement.explanation,
                 }
             )

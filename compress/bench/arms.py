@@ -40,7 +40,7 @@ class Arm:
     measurements: dict[str, Measurement] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
-    launches: list[Mapping[str, Any]] = field(default_factory=list)
+    launches: list[tuple[int, Mapping[str, Any]]] = field(default_factory=list)
     watched: list[Launch] = field(default_factory=list)
 
     @property
@@ -70,7 +70,7 @@ class Arm:
             self.measurements.update(find(name).missing(reason))
 
     def add_launch(self, measurements: Mapping[str, Any], watched: Launch) -> list[str]:
-        """The measurements of one more timed launch; all launches so far make the values.
+        """The measurements of one more timed launch; all launches that took a quantity make its value.
 
         Args:
             measurements: by quantity, as JSON.
@@ -79,11 +79,12 @@ class Arm:
         Returns:
             Why this launch cannot be trusted, each reason once.
         """
-        self.launches.append(measurements)
+        number, doubts = watched.round - 1, []
+        self.launches.append((number, measurements))
         self.watched.append(watched)
-        number, doubts = len(self.launches) - 1, []
         for quantity in measurements:
-            whole = merged([launch[quantity] for launch in self.launches])
+            taken = {at: launch[quantity] for at, launch in self.launches if quantity in launch}
+            whole = merged([*taken.values()], [*taken])
             self.measurements[quantity] = whole
             doubts += [whole.distrust[number]] if number in whole.distrust else []
         return list(dict.fromkeys(doubts))

@@ -157,6 +157,20 @@ def _check_target(out: Path) -> None:
 
 
 @final
+@dataclass(frozen=True)
+class _Undecided:
+    """Of what more could decide a gate.
+
+    Attributes:
+        metrics: their names; none where everything is decided, or nothing more could be measured.
+        arms: that the undecided gates are about.
+    """
+
+    metrics: Sequence[str]
+    arms: Sequence[Arm]
+
+
+@final
 @dataclass
 class _Experiment:
     """The measuring of all arms."""
@@ -208,51 +222,52 @@ class _Experiment:
             for stage in (Stage.MEMORY, Stage.SCORING):
                 self._pass(stage, advance)
             self._launches(self.options.launches, advance)
-        while open_metrics := self._undecided(gates):
+        while (undecided := self._undecided(gates)).metrics:
             left = self.options.budget - (time.monotonic() - started)
-            if not self._look_again(open_metrics, left):
+            if not self._look_again(undecided, left):
                 self.last_look = True
                 break
-        if self.last_look and self._undecided(gates):
+        if self.last_look and self._undecided(gates).metrics:
             self.reporter.message(
                 f"undecided after {self.looks} looks: there may be {self.options.looks}, the budget is "
                 f"{self.options.budget:g} s, and there must be more to measure"
             )
 
-    def _look_again(self, open_metrics: Collection[Metric], left: float) -> bool:
+    def _look_again(self, undecided: "_Undecided", left: float) -> bool:
         """Measure more of what is undecided; whether there was room for that.
 
         Args:
-            open_metrics: what is undecided.
+            undecided: of what more could decide a gate.
             left: seconds of the budget.
         """
         if self.looks >= self.options.looks:
             return False
-        stages = {metric.stage for metric in open_metrics}
+        stages = {find(name).stage for name in undecided.metrics}
         if Stage.SCORING in stages:
             # The next look scores twice the text.
             left -= 2 * self._seconds[Stage.SCORING]
         rounds = 0
         if Stage.TIMING in stages:
-            rounds = further_rounds(self.rounds, self._seconds[Stage.TIMING] / self.rounds, left)
+            rounds = further_rounds(self.rounds, self._seconds[Stage.TIMING], left)
         if left < 0 or (Stage.TIMING in stages and not rounds):
             return False
-        return self._look(open_metrics, rounds)
+        return self._look(undecided, rounds)
 
-    def _look(self, open_metrics: Collection[Metric], rounds: int) -> bool:
+    def _look(self, undecided: "_Undecided", rounds: int) -> bool:
         """Measure more of what is undecided, twice the text and some rounds; whether there was more."""
-        scoring = [metric for metric in open_metrics if metric.stage is Stage.SCORING]
+        metrics = [find(name) for name in undecided.metrics]
+        scoring = [metric for metric in metrics if metric.stage is Stage.SCORING]
         lengthened = bool(scoring) and self._lengthen(scoring)
         if not (lengthened or rounds):
             return False
         self.looks += 1
         scored = sum(arm.role != "again" for arm in self.arms) if lengthened else 0
-        runs = len(self.arms) * rounds + scored
+        runs = len(undecided.arms) * rounds + scored
         title = f"look {self.looks} of at most {self.options.looks}, at undecided gates"
         with self.reporter.progress(title, runs, "run") as advance:
             if lengthened:
                 self._pass(Stage.SCORING, advance)
-            self._launches(rounds, advance)
+            self._launches(rounds, advance, undecided)
         return True
 
     def _pass(self, stage: Stage, advance: Callable[[int], None]) -> None:
@@ -270,35 +285,59 @@ class _Experiment:
             self._write(PROGRESS_FILE)
             advance(len(group))
 
-    def _launches(self, rounds: int, advance: Callable[[int], None]) -> None:
-        """Some rounds of timed launches, the arms of each in random order."""
+    def _launches(
+        self, rounds: int, advance: Callable[[int], None], undecided: "_Undecided | None" = None
+    ) -> None:
+        """Some rounds of timed launches, the arms of each in random order.
+
+        Args:
+            rounds: how many.
+            advance: told of the launches of each.
+            undecided: what is timed; without it everything.
+        """
+        asked = self.arms if undecided is None else undecided.arms
+        begun = time.monotonic()
         for _ in range(rounds):
             self.rounds += 1
-            arms = self._order_generator.sample(self.arms, len(self.arms))
+            arms = self._order_generator.sample(asked, len(asked))
             running = [arm for arm in arms if _can_run(arm)]
             groups = [running] if together.fit(running, self.device) else [[arm] for arm in running]
             for group in groups:
-                self._launch(group, self.rounds)
+                self._launch(group, self.rounds, None if undecided is None else undecided.metrics)
                 self._write(PROGRESS_FILE)
             advance(len(arms))
+        if rounds:
+            self._seconds[Stage.TIMING] = (time.monotonic() - begun) / rounds
 
-    def _undecided(self, gates: Sequence[Gate]) -> list[Metric]:
-        """The metrics of which more could decide a gate."""
-        if self.options.budget == 0 or not gates:
-            return []
+    def _undecided(self, gates: Sequence[Gate]) -> "_Undecided":
+        """What more could decide a gate: metrics, and the arms that it is about."""
+        quantities: set[str] = set()
+        concerned: set[str] = set()
         results = [arm.result() for arm in self.arms]
-        open_quantities = {
-            judgement.metric
-            for judgement in judge(gates, results, self.options, self._error_share)
-            if judgement.verdict is Verdict.UNDECIDED and not self._complete(judgement)
-        }
-        metrics = [find(name) for name in dict.fromkeys(name for arm in self.arms for name in arm.metrics)]
-        return [
-            metric
-            for metric in metrics
-            if metric.stage in (Stage.TIMING, Stage.SCORING)
-            and any(quantity.name in open_quantities for quantity in metric.quantities)
+        for gate in gates if self.options.budget else ():
+            for judgement in judge([gate], results, self.options, self._error_share):
+                if judgement.verdict is Verdict.UNDECIDED and not self._complete(judgement):
+                    quantities.add(judgement.metric)
+                    concerned |= self._concerned(gate, judgement)
+        metrics = [
+            name
+            for name in dict.fromkeys(name for arm in self.arms for name in arm.metrics)
+            if find(name).stage in (Stage.TIMING, Stage.SCORING)
+            and any(quantity.name in quantities for quantity in find(name).quantities)
         ]
+        return _Undecided(metrics, [arm for arm in self.arms if arm.name in concerned])
+
+    def _concerned(self, gate: Gate, judgement: Judgement) -> set[str]:
+        """Names of the arms that a judgement rests on, the one that shows the noise included."""
+        if gate.arms.damaged is not None:
+            return {arm.name for arm in self.arms}
+        pair = {judgement.before, judgement.after}
+        again = {
+            arm.name
+            for arm in self.arms
+            if arm.role == "again" and arm.reference is not None and arm.reference.name in pair
+        }
+        return pair | again
 
     @property
     def _error_share(self) -> float:
@@ -369,11 +408,10 @@ class _Experiment:
                 }
             )
 
-    def _launch(self, arms: Sequence[Arm], number: int) -> None:
+    def _launch(self, arms: Sequence[Arm], number: int, metrics: Collection[str] | None) -> None:
         """One launch of each of these arms, taking turns."""
-        begun = time.monotonic()
         self.order += [arm.name for arm in arms]
-        replies = self.requests.ask(arms, Stage.TIMING, launch=number)
+        replies = self.requests.ask(arms, Stage.TIMING, launch=number, metrics=metrics)
         for arm, reply in zip(arms, replies, strict=True):
             if reply is None:
                 continue
@@ -381,7 +419,6 @@ class _Experiment:
             seen["conditions"] = {**seen.get("conditions", {}), "taking_turns": len(arms)}
             for reason in arm.add_launch(reply["measurements"], Launch(round=number, **seen)):
                 self.reporter.message(f"{arm.name}: launch {number} cannot be trusted: {reason}")
-        self._seconds[Stage.TIMING] += time.monotonic() - begun
 
     def _write(self, name: str, gates: Sequence[Gate] | None = None) -> Results:
         """Write what was measured; with gates, judged and complete."""

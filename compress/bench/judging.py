@@ -7,12 +7,14 @@ from compress.bench.arms import baseline, chosen
 from compress.bench.looks import error_share
 from compress.bench.results import ArmResult, Comparison, Contingency, Results
 from compress.bench.statistics import Incomparable, effect, mcnemar
+from compress.bench.turns import is_timed
 from compress.core.bench import Bench
 from compress.core.gate import Gate, Judgement, Verdict, check_metrics
 from compress.core.measurement import Effect, EffectKind, Measurement
 
 LAUNCHES: Final = 2
 """With fewer independent units there is no interval."""
+_DAMAGED: Final = "the damaged arm"
 
 
 def compare_arms(arms: Sequence[ArmResult], options: Bench) -> list[Comparison]:
@@ -140,7 +142,12 @@ def _found(
     """
     arms = {"AFTER": value} if reference is None or kind == "value" else {"BEFORE": reference, "AFTER": value}
     if damaged is not None:
-        arms["the damaged arm"] = damaged
+        arms[_DAMAGED] = damaged
+    if len(arms) > 1 and all(is_timed(arm) for arm in arms.values()):
+        # One of them may have been timed more often, for a gate of its own.
+        common = frozenset.intersection(*(arm.launches for arm in arms.values()))
+        arms = {name: arm.without(arm.launches - common) for name, arm in arms.items()}
+        value, reference, damaged = arms["AFTER"], arms.get("BEFORE"), arms.get(_DAMAGED)
     doubts = {
         launch: f"{name}: {why}" for name, arm in arms.items() for launch, why in sorted(arm.distrust.items())
     }

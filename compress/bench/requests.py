@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -62,13 +62,16 @@ class Requests:
         """Sequences of a model's material."""
         return len(self.materials[path][1].sequences)
 
-    def ask(self, arms: Sequence[Arm], stage: Stage, launch: int = 0) -> list[Mapping[str, Any] | None]:
+    def ask(
+        self, arms: Sequence[Arm], stage: Stage, launch: int = 0, metrics: Collection[str] | None = None
+    ) -> list[Mapping[str, Any] | None]:
         """A measured process for each arm; ``None`` where it gave nothing, which the arm then says.
 
         Args:
             arms: they take turns.
             stage: what is measured.
             launch: number of the round of a timed launch.
+            metrics: that are taken, of those of the stage; none means all of them.
         """
         named = f"{stage.value} {launch}" if launch else stage.value
         for arm in arms:
@@ -76,7 +79,7 @@ class Requests:
         # What a process takes by itself is seen in one that shares nothing; copies are not worth it for one.
         copies = stage is not Stage.MEMORY and len(arms) > 1
         replies = self.runner(
-            [self._asked(arm, stage) for arm in arms],
+            [self._asked(arm, stage, metrics) for arm in arms],
             stage=named,
             time_limit=self.options.time_limit,
             threads=self.threads,
@@ -116,7 +119,7 @@ class Requests:
         ours, theirs = (self.materials[one.artifact.path][1].protocol for one in (arm, arm.reference))
         return ours.get("tokens") == theirs.get("tokens")
 
-    def _asked(self, arm: Arm, stage: Stage) -> dict[str, Any]:
+    def _asked(self, arm: Arm, stage: Stage, metrics: Collection[str] | None) -> dict[str, Any]:
         reference = self._reference(arm, stage)
         gpu = None if self.gpu is None else {"uuid": self.gpu, "shared": holds_context()}
         return {
@@ -125,7 +128,7 @@ class Requests:
             "runtime": arm.runtime,
             "task": self.task.name,
             "stage": stage.value,
-            "metrics": arm.metrics_at(stage),
+            "metrics": [name for name in arm.metrics_at(stage) if metrics is None or name in metrics],
             "device": self.device,
             "gpu": gpu,
             "threads": self.threads,

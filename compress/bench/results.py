@@ -7,7 +7,7 @@ raises `SCHEMA_VERSION`.
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
@@ -243,8 +243,12 @@ def write_atomically(file: Path, text: str) -> None:
         raise EnvironmentFault(f"{file} cannot be written: {error.strerror or error}") from error
 
 
-def merged(parts: list[Mapping[str, Any]]) -> Measurement:
+def merged(parts: Sequence[Mapping[str, Any]], numbers: Sequence[int] | None = None) -> Measurement:
     """One measurement from those of several launches, as JSON; each launch is a cluster of its own.
+
+    Args:
+        parts: one for each launch.
+        numbers: of their rounds, by which launches of several arms pair; without them 0, 1, 2 and so on.
 
     A launch that has no value makes the whole ``n/a``, with its reason: a mean over the launches that
     happened to work would flatter. One that cannot be trusted keeps its samples, marked.
@@ -254,16 +258,15 @@ def merged(parts: list[Mapping[str, Any]]) -> Measurement:
     if broken is not None or (len(launches) == 1 and not launches[0].samples):
         return broken or launches[0]
     first = next((launch for launch in launches if launch.samples), launches[0])
+    numbered = list(zip(range(len(launches)) if numbers is None else numbers, launches, strict=True))
     return Measurement.sampled(
         [sample for launch in launches for sample in launch.samples],
         summary=first.summary,
         unit=first.unit,
         better=first.better,
-        clusters=[index for index, launch in enumerate(launches) for _ in launch.samples],
-        conditions={**first.conditions, "launches": len(launches)},
+        clusters=[number for number, launch in numbered for _ in launch.samples],
+        conditions=first.conditions,
         distrust={
-            index: "; ".join(launch.distrust.values())
-            for index, launch in enumerate(launches)
-            if launch.distrust
+            number: "; ".join(launch.distrust.values()) for number, launch in numbered if launch.distrust
         },
     )

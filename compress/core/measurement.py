@@ -152,6 +152,11 @@ class Measurement(BaseModel):
         )
 
     @property
+    def launches(self) -> frozenset[int]:
+        """The rounds in which it was timed, those included that cannot be trusted."""
+        return frozenset((*(self.clusters or ()), *self.distrust))
+
+    @property
     def invalid(self) -> bool:
         """Whether something was measured, and none of it can be trusted."""
         return self.value is None and bool(self.distrust)

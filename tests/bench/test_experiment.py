@@ -281,7 +281,7 @@ def test_speed_is_taken_at_further_shapes(before: Path, after: Path, text: Path,
     )
     measured = found.arm("after@torch-eager").measurements
     assert measured["decode.tokens_per_second"].conditions["batch"] == 1
-    shape = {"batch": 3, "prompt": 6, "new": 2, "launches": 2}
+    shape = {"batch": 3, "prompt": 6, "new": 2}
     assert measured["decode.3x6.tokens_per_second"].conditions == shape
     assert measured["prefill.2x4.tokens_per_second"].value is not None
     assert found.judgements[0].verdict != "INVALID"

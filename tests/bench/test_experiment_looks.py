@@ -1,6 +1,6 @@
 """Looks of an experiment at its gates: further ones while a gate is undecided, and what each may err."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ def test_an_undecided_gate_is_looked_at_again_with_twice_the_launches(
         before, [after], tmp_path, str(text), gates=[NOT_SLOWER], options=options, runner=fabricated(steady)
     )
     assert found.looks > 1
-    launches = found.arm("after@torch-eager").measurements["decode.tokens_per_second"].conditions["launches"]
-    assert launches == 3 * 2 ** (found.looks - 1)
+    launches = found.arm("after@torch-eager").measurements["decode.tokens_per_second"].launches
+    assert len(launches) == 3 * 2 ** (found.looks - 1)
     assert found.verdict == "PASS" or found.looks == 4
 
 
@@ -73,6 +73,52 @@ def test_only_what_is_undecided_is_measured_on_more(
     assert found.looks == 4
     assert found.options["suite_limit"] == 8 * 2**3
     assert found.options["tokens"] == Bench.of(SMALL).tokens
+
+
+def test_further_looks_time_the_arms_and_rates_that_are_undecided(
+    before: Path, after: Path, text: Path, tmp_path: Path
+) -> None:
+    rates = fabricated(steady)
+    timed: dict[int, set[tuple[str, str]]] = {}
+
+    def watched(requests: Sequence[Mapping[str, Any]], **circumstances: Any) -> list[Reply]:
+        replies = rates(requests, **circumstances)
+        stage, _, launch = circumstances["stage"].partition(" ")
+        for request, reply in zip(requests, replies, strict=True):
+            if stage != "timing":
+                continue
+            name = f"{Path(request['artifact']).name}@{request['runtime']}"
+            timed.setdefault(int(launch), set()).update((name, metric) for metric in request["metrics"])
+            # As if the rate of the prompt were without any noise.
+            if "prefill" in request["metrics"]:
+                rate = Measurement.sampled(
+                    [100.0] * 3, summary="geometric-mean", unit="token/s", better="higher"
+                )
+                reply.document["measurements"]["prefill.tokens_per_second"] = rate.model_dump(mode="json")
+        return replies
+
+    easy = {**NOT_SLOWER, "metric": "prefill.tokens_per_second"}
+    hard = {**NOT_SLOWER, "margin": "5%", "arms": {"after": "after@torch-eager"}}
+    options = {**SMALL, "launches": 3, "budget": 600, "looks": 2, "noise_floor": True}
+    options["runtimes"] = ("torch-eager", "torch-int4")
+    found = compare(before, [after], tmp_path, str(text), gates=[easy, hard], options=options, runner=watched)
+    names = [f"{folder.name}@{runtime}" for folder in (before, after) for runtime in options["runtimes"]]
+    everything = {(name, metric) for name in names for metric in ("load", "prefill", "decode")}
+    open_still = {(f"{folder.name}@torch-eager", "decode") for folder in (before, after)}
+    assert timed == {1: everything, 2: everything, 3: everything, 4: open_still, 5: open_still, 6: open_still}
+    # All that was timed more often is compared, by the rounds that both arms of a pair have.
+    arms = {arm.name: arm.measurements for arm in found.arms}
+    assert len(arms["after@torch-eager"]["decode.tokens_per_second"].launches) == 6
+    assert len(arms["after@torch-eager"]["prefill.tokens_per_second"].launches) == 3
+    assert len(arms["after@torch-int4"]["decode.tokens_per_second"].launches) == 3
+    int4 = next(
+        one
+        for one in found.comparisons
+        if (one.metric, one.after) == ("decode.tokens_per_second", "after@torch-int4")
+    )
+    assert int4.ratio is not None
+    assert "3 launches" in int4.ratio.method
+    assert [one.verdict for one in found.judgements if one.metric.startswith("prefill")] == ["PASS"]
 
 
 def test_the_last_look_judges_with_what_is_left_of_the_error(

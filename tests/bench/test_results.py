@@ -25,7 +25,8 @@ def test_launches_are_clusters() -> None:
     assert whole.samples == (1.0, 4.0, 2.0)
     assert whole.clusters == (0, 0, 1)
     assert whole.value == pytest.approx(2.0)
-    assert whole.conditions["launches"] == 2
+    assert whole.launches == {0, 1}
+    assert merged([launch(1.0), launch(2.0)], [4, 7]).clusters == (4, 7)
 
 
 def test_a_launch_without_a_value_leaves_none() -> None:

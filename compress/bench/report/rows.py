@@ -83,7 +83,7 @@ def _cell(
     text = number(measurement.value, quantity.unit)
     if measurement.distrust:
         reasons = "; ".join(dict.fromkeys(measurement.distrust.values()))
-        launches = len({*(measurement.clusters or ()), *measurement.distrust})
+        launches = len(measurement.launches)
         left_out = f"without {len(measurement.distrust)} of {launches} launches that cannot be trusted"
         text = f"{text} {notes.mark(f'{left_out}: {reasons}')}"
     if arm.role == "before" or entry is None:
