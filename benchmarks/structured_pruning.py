@@ -414,7 +414,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40_960)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the report")
     parser.add_argument("--speed", action="store_true", help="time the models that are there")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "runs/structured_pruning")

@@ -27,10 +27,11 @@ there it goes with heads, where both are asked for (`--hidden 0.75 --heads 0.75`
 number that follows from the hidden size (Gemma's embeddings) are refused. The cut is a hard one: without
 `--repair` and a distillation the smaller model may say little.
 
-With `--budget` the shares are found by a search: MLP channels, heads, hidden size and whole blocks
-(`prune.depth`) in many mixtures, each cut until it keeps to the budget, made, and measured on the text. The
-best of them is the result, so on that text no method alone is better. The lineage has the table. A speed is
-predicted from the bytes that are read for a token; `compress bench` measures it.
+With `--budget` the shares are found by a search: MLP channels, heads, the hidden size, by channels or by
+components (`prune.slice`), and whole blocks (`prune.depth`) in many mixtures, each cut until it keeps to the
+budget, made, and measured on the text. The best of them is the result, so on that text no method alone is
+better. The lineage has the table. A speed is predicted from the bytes that are read for a token;
+`compress bench` measures it.
 
 With `--repair` the layers that read what went are fitted again, before any training: what the channels and
 heads that go gave to their outputs is regressed on those that stay, and their biases take what is constant of
@@ -129,7 +130,7 @@ class Width(Pass):
         "the predicted speed of decoding that has to be reached (`1.5x`)",
     )
     trials: PositiveInt = Field(
-        default=24, description="models that the search for a budget makes and measures, at most"
+        default=32, description="models that the search for a budget makes and measures, at most"
     )
     measured_samples: PositiveInt = Field(
         default=32, description="calibration sequences that their loss is measured on, at most"

@@ -2,19 +2,16 @@
 
 What a channel costs the model cannot be told from its size, and what several cuts do together cannot be told
 from what each does alone. So the search makes what it compares. Each *trial* is a number of blocks and a
-direction: shares in which MLP channels, heads and channels of the hidden state go. It is followed until the
-budget is kept, the model is cut so and its loss on text is measured. The first trials are the single methods
-and even mixtures of them; the next lie around the best. The best of all is the result, so on the text that
-it is measured on no single method is better.
+direction: shares in which MLP channels, heads and the hidden state go (`compress.sweep.width_trials`). The
+model is cut so and its loss on text is measured. The first trials are the single methods and even mixtures of
+them; the next lie around the best. The best of all is the result, so on the text that it is measured on no
+single method is better.
 """
 
-import itertools
 import json
-import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -23,39 +20,25 @@ import torch
 from compress.core.artifact import Artifact
 from compress.core.budget import SizeBudget
 from compress.core.errors import CalibrationError, PlanError
-from compress.core.passes import Meant, Needs, Outcome
+from compress.core.passes import Needs, Outcome
 from compress.core.run import RESUMABLE, Run
-from compress.models.blocks import find_blocks
 from compress.models.checkpoint import Checkpoint
 from compress.models.load import loaded_dtype, skeleton
+from compress.sweep import slicing
 from compress.sweep.decode_prediction import decode_prediction, read_bytes
 from compress.sweep.depth_loss import model_loss
 from compress.sweep.depth_plan import Size
-from compress.sweep.narrow_plan import Asked, looked_at, plan_narrowing
 from compress.sweep.narrowing import How, narrow
 from compress.sweep.narrowing import check as check_narrowing
 from compress.sweep.shortening import Shorter, shorten
+from compress.sweep.slicing import Sliced, slice_stream
 from compress.sweep.walk import Walk, placed_skeleton
+from compress.sweep.width_trials import Trial, Trials
 
 _FILE: Final = "trials.jsonl"
 _FOLDER: Final = "trials"
-_HALVINGS: Final = 7
-"""How finely a direction is followed: to a hundredth of the whole way."""
-_SLACK: Final = 1e-9
-_FIRST: Final = (
-    (1.0, 0.0, 0.0),
-    (0.0, 1.0, 0.0),
-    (0.0, 0.0, 1.0),
-    (1.0, 1.0, 0.0),
-    (1.0, 1.0, 1.0),
-    (1.0, 0.5, 0.0),
-    (1.0, 0.0, 0.5),
-    (1.0, 0.5, 0.25),
-)
-"""Directions of the first trials with all blocks: how fast MLP channels, heads, hidden channels go."""
-_WITH_FEWER_BLOCKS: Final = ((0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (1.0, 0.5, 0.0), (1.0, 1.0, 1.0))
-_DEPTHS: Final = 3
-"""How many numbers of blocks are tried at first, beside all of them."""
+
+Cut = Callable[[Artifact, Path, Run], Outcome]
 
 
 @dataclass(frozen=True)
@@ -75,33 +58,6 @@ class Spent:
     multiple: int | None
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One way to keep to the budget.
-
-    Attributes:
-        blocks: that stay.
-        direction: how fast MLP channels, heads and hidden channels go.
-        shares: of these that stay.
-        cost: what it comes to, in the units of the budget; of speed its inverse.
-    """
-
-    blocks: int
-    direction: tuple[float, float, float]
-    shares: tuple[float, float, float]
-    cost: float
-
-    @property
-    def narrows(self) -> bool:
-        """Whether anything goes beside blocks."""
-        return min(self.shares) < 1
-
-    @property
-    def key(self) -> str:
-        """What tells it from others: trials of other directions may come to the same model."""
-        return f"{self.blocks} " + " ".join(f"{share:.6g}" for share in self.shares)
-
-
 def check(spent: Spent, how: How, source: Artifact, run: Run) -> Needs:
     """Refuse what cannot be cut or measured, and predict the work of all trials.
 
@@ -110,28 +66,38 @@ def check(spent: Spent, how: How, source: Artifact, run: Run) -> Needs:
     """
     if run.calibration is None:
         raise PlanError("the method needs calibration text", "give --calibration TEXT or data.calibration")
-    search = _Search(spent, how, source, source.path, run)
-    first = list(search.first())
+    search = _Search(spent, how, source, run)
+    first = list(search.trials.first())
     if not first:
         raise PlanError(
             f"nothing that can be cut of {source.path} keeps to {spent.budget}: "
-            f"{search.refusal or 'too much must go'}",
+            f"{search.trials.refusal or 'too much must go'}",
             "ask for a larger budget",
         )
-    widest = next((trial for trial in first if trial.narrows), None)
     needs = Needs(0, 0, 0, 0.0)
-    if widest is not None:
-        needs = check_narrowing(search.asked(widest), how, source, run)
+    if (narrowing := next((trial for trial in first if trial.narrows), None)) is not None:
+        needs = check_narrowing(search.trials.asked(narrowing), how, source, run)
+    if (sliced := next((trial for trial in first if trial.slices), None)) is not None:
+        needs = _most(needs, slicing.check(search.sliced(sliced), source, run))
     # A trial is made, measured and let go; the blocks that do least are found in the whole model.
-    model = search.model
+    model = search.trials.model
     compute = 4 if run.device == "cpu" else loaded_dtype(source).itemsize
     whole = compute * sum(parameter.numel() for parameter in model.parameters())
     on_host = run.device == "cpu"
     return Needs(
-        3 * max(needs.disk_bytes, search.disk_bytes),
+        3 * max(needs.disk_bytes, search.trials.disk_bytes),
         needs.host_bytes + (whole if on_host else 0),
         0 if on_host else max(needs.device_bytes, whole),
         needs.seconds * (spent.trials + 1),
+    )
+
+
+def _most(one: Needs, other: Needs) -> Needs:
+    return Needs(
+        max(one.disk_bytes, other.disk_bytes),
+        max(one.host_bytes, other.host_bytes),
+        max(one.device_bytes, other.device_bytes),
+        max(one.seconds, other.seconds),
     )
 
 
@@ -144,7 +110,7 @@ def fit(spent: Spent, how: How, source: Artifact, target: Path, run: Run) -> Out
     Raises:
         PlanError: no way of cutting keeps to the budget.
     """
-    search = _Search(spent, how, source, target, run)
+    search = _Search(spent, how, source, run)
     losses = search.measured()
     best = min(losses, key=lambda trial: (losses[trial], trial.cost))
     run.reporter.message(
@@ -170,131 +136,13 @@ def fit(spent: Spent, how: How, source: Artifact, target: Path, run: Run) -> Out
 class _Search:
     """Trials of one model."""
 
-    def __init__(self, spent: Spent, how: How, source: Artifact, target: Path, run: Run) -> None:
+    def __init__(self, spent: Spent, how: How, source: Artifact, run: Run) -> None:
         self._spent, self._how, self._source, self._run = spent, how, source, run
-        self._target = target
-        self.model = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
-        self._blocks = [block.name for block in find_blocks(self.model)]
-        stacks = {block.stack for block in find_blocks(self.model)}
-        self._deep = len(stacks) == 1 and len(self._blocks) > 1
-        checkpoint = Checkpoint(source, self.model)
-        self._disk = {
-            name: (checkpoint.target[name], checkpoint.dtype(name).itemsize, checkpoint.shape(name))
-            for name in checkpoint.names
-        }
-        self._whole = looked_at(source, run).shapes
-        self.refusal = ""
-        self._limit = self._room()
+        self.trials = Trials(spent.budget, spent.multiple, source, run)
 
-    @property
-    def disk_bytes(self) -> int:
-        """Of the model as it is."""
-        return sum(size * prod(shape) for _, size, shape in self._disk.values())
-
-    # -- what a cut comes to -----------------------------------------------------------------------
-
-    def _room(self) -> float:
-        budget = self._spent.budget
-        if budget.of == "share":
-            return budget.limit * self._cost(self._whole, len(self._blocks))
-        if budget.of == "speed":
-            return self._cost(self._whole, len(self._blocks)) / budget.limit
-        return budget.limit
-
-    def _cost(self, shapes: Mapping[str, tuple[int, ...]], blocks: int) -> float:
-        """Parameters of the body, bytes on disk, or bytes read for a token.
-
-        Args:
-            blocks: that stay; it is reckoned with the first ones, as blocks hardly differ in size.
-        """
-        gone = tuple(f"{name}." for name in self._blocks[blocks:])
-        stays = {name: shape for name, shape in shapes.items() if not (gone and name.startswith(gone))}
-        if self._spent.budget.of == "bytes":
-            first = {id(p): name for name, p in self.model.named_parameters()}
-            same = {n: first[id(p)] for n, p in self.model.named_parameters(remove_duplicate=False)}
-            return float(
-                sum(
-                    size * prod(stays.get(same.get(target, target), shape))
-                    for target, size, shape in self._disk.values()
-                    if not gone or not target.startswith(gone)
-                )
-            )
-        if self._spent.budget.of == "speed":
-            return float(read_bytes(self.model, stays, loaded_dtype(self._source).itemsize))
-        inside = tuple(f"{name}." for name in self._blocks)
-        return float(sum(prod(shape) for name, shape in stays.items() if name.startswith(inside)))
-
-    def asked(self, trial: Trial) -> Asked:
-        """What a trial keeps, beside blocks."""
-        mlp, heads, hidden = trial.shares
-        return Asked(mlp, heads, self._spent.multiple, frozenset(), hidden)
-
-    def _trial(self, blocks: int, direction: tuple[float, float, float]) -> Trial | None:
-        """The trial of a direction that keeps to the budget and takes out the least; ``None`` for none."""
-        if not any(direction):
-            cost = self._cost(self._whole, blocks)
-            return Trial(blocks, direction, (1.0, 1.0, 1.0), cost) if self._fits(cost) else None
-        if self._fits(self._cost(self._whole, blocks)):
-            return None
-        low, high = 0.0, 1.0
-        found: Trial | None = None
-        for _ in range(_HALVINGS):
-            way = (low + high) / 2
-            mlp, heads, hidden = (max(1 - way * each, 1e-6) for each in direction)
-            trial = Trial(blocks, direction, (mlp, heads, hidden), 0.0)
-            planned = self._planned_cost(trial)
-            if planned is not None and self._fits(planned):
-                found, high = replace(trial, cost=planned), way
-            else:
-                low = way
-        return found
-
-    def _planned_cost(self, trial: Trial) -> float | None:
-        try:
-            plan = plan_narrowing(self.asked(trial), self._source, self._run)
-        except PlanError as error:
-            self.refusal = self.refusal or error.message
-            return None
-        return self._cost(plan.shapes, trial.blocks)
-
-    def _fits(self, cost: float) -> bool:
-        return cost <= self._limit * (1 + _SLACK)
-
-    # -- which trials there are ----------------------------------------------------------------------
-
-    def first(self) -> Iterator[Trial]:
-        """Single methods and even mixtures that keep to the budget."""
-        total = len(self._blocks)
-        choices = [(total, direction) for direction in _FIRST]
-        if self._deep:
-            least = next((n for n in range(total - 1, 0, -1) if self._fits(self._cost(self._whole, n))), 0)
-            between = total - max(least, 1)
-            steps = min(between, _DEPTHS)
-            depths = dict.fromkeys(total - math.ceil(between * (step + 1) / steps) for step in range(steps))
-            choices += [(n, direction) for n in reversed(depths) for direction in _WITH_FEWER_BLOCKS]
-        seen: set[str] = set()
-        for blocks, direction in choices:
-            trial = self._trial(blocks, direction)
-            if trial is not None and trial.key not in seen:
-                seen.add(trial.key)
-                yield trial
-
-    def _around(self, best: Trial) -> Iterator[Trial]:
-        """Trials next to one: a block more or less, and each kind of cut faster or slower."""
-        directions = [best.direction]
-        for place, factor in itertools.product(range(3), (0.5, 1.5)):
-            speed = best.direction[place] * factor if best.direction[place] else 0.25
-            changed = (*best.direction[:place], speed, *best.direction[place + 1 :])
-            directions.append((changed[0], changed[1], changed[2]))
-        blocks = [best.blocks]
-        if self._deep:
-            blocks += [n for n in (best.blocks + 1, best.blocks - 1) if 0 < n <= len(self._blocks)]
-        choices = [(best.blocks, direction) for direction in directions]
-        choices += [(n, best.direction) for n in blocks[1:]]
-        for number, direction in choices:
-            trial = self._trial(number, direction)
-            if trial is not None:
-                yield trial
+    def sliced(self, trial: Trial) -> Sliced:
+        """What a trial asks of a slicing."""
+        return Sliced(self.trials.width(trial), self._how.repair)
 
     def measured(self) -> dict[Trial, float]:
         """The loss of every trial that was made. What an earlier run measured is not measured again."""
@@ -315,14 +163,15 @@ class _Search:
                             losses[trial] = loss
                         advance(1)
 
-            measure(self.first())
+            measure(self.trials.first())
             before = -1
             while losses and len(losses) not in (before, self._spent.trials):
                 before = len(losses)
-                measure(self._around(min(losses, key=lambda trial: (losses[trial], trial.cost))))
+                measure(self.trials.around(min(losses, key=lambda trial: (losses[trial], trial.cost))))
         if not losses:
             raise PlanError(
-                f"no way of cutting keeps to {self._spent.budget}: {self.refusal or 'too much must go'}",
+                f"no way of cutting keeps to {self._spent.budget}: "
+                f"{self.trials.refusal or 'too much must go'}",
                 "ask for a larger budget",
             )
         return losses
@@ -372,46 +221,51 @@ class _Search:
         return model_loss(_walk(made, run), _walk(self._source, run))
 
     def make(self, trial: Trial, target: Path, run: Run) -> Outcome:
-        """Cut the model as a trial says."""
-        if trial.blocks == len(self._blocks):
-            return narrow(self.asked(trial), self._how, self._source, target, run)
-        asked = Shorter(Size(1.0, trial.blocks), "loss", self._how.repair, self._spent.samples)
-        if not trial.narrows:
-            return shorten(asked, self._source, target, run)
-        shorter = run.scratch / "shorter"
-        shorter.mkdir(parents=True, exist_ok=True)
-        first = shorten(asked, self._source, shorter, replace(run, scratch=run.scratch / "depth"))
-        then = replace(run, scratch=run.scratch / "width")
-        second = narrow(self.asked(trial), self._how, Artifact.open(shorter), target, then)
-        (run.scratch / RESUMABLE).touch()
-        tensors = _as_moved(second.tensors, first.tensors)
-        decisions = {
-            **second.decisions,
-            "blocks": first.decisions["blocks"],
-            "config": {**first.decisions["config"], **second.decisions["config"]},
-            "parameters": {
-                "before": first.decisions["parameters"]["before"],
-                "after": second.decisions["parameters"]["after"],
-            },
-            "changed": sum(meant.changed for meant in tensors.values()),
-        }
-        return Outcome(decisions, tensors)
+        """Cut the model as a trial says: blocks first, then channels and heads, then components."""
+        cuts = list(self._cuts(trial))
+        source, outcome = self._source, Outcome()
+        for number, (name, cut) in enumerate(cuts, 1):
+            if len(cuts) == 1:
+                return cut(source, target, run)
+            folder = target if number == len(cuts) else run.scratch / f"without-{name}"
+            folder.mkdir(parents=True, exist_ok=True)
+            found = cut(source, folder, replace(run, scratch=run.scratch / name))
+            (run.scratch / RESUMABLE).touch()
+            outcome = found if number == 1 else _in_a_row(outcome, found)
+            source = Artifact.open(folder)
+        return outcome
+
+    def _cuts(self, trial: Trial) -> Iterator[tuple[str, Cut]]:
+        if trial.blocks < len(self.trials.blocks):
+            asked = Shorter(Size(1.0, trial.blocks), "loss", self._how.repair, self._spent.samples)
+            yield "depth", lambda source, target, run: shorten(asked, source, target, run)
+        if trial.narrows:
+            kept = self.trials.asked(trial)
+            yield "width", lambda source, target, run: narrow(kept, self._how, source, target, run)
+        if trial.slices:
+            sliced = self.sliced(trial)
+            yield "components", lambda source, target, run: slice_stream(sliced, source, target, run)
 
     # -- words ---------------------------------------------------------------------------------------
 
     def words(self, trial: Trial) -> str:
         """A trial for a person."""
-        mlp, heads, hidden = (f"{share:.0%}" for share in trial.shares)
-        return (
-            f"{trial.blocks} of {len(self._blocks)} blocks, MLP channels {mlp}, heads {heads}, "
-            f"hidden size {hidden}"
-        )
+        mlp, heads, hidden, components = (f"{share:.0%}" for share in trial.shares)
+        state = f"components of the hidden state {components}" if trial.slices else f"hidden size {hidden}"
+        blocks = f"{trial.blocks} of {len(self.trials.blocks)} blocks"
+        return f"{blocks}, MLP channels {mlp}, heads {heads}, {state}"
 
     def document(self, trial: Trial, loss: float) -> dict[str, Any]:
         """A trial for the lineage."""
-        mlp, heads, hidden = (float(f"{share:.6g}") for share in trial.shares)
-        shares = {"blocks": trial.blocks, "mlp": mlp, "heads": heads, "hidden": hidden}
-        of_budget = float(f"{trial.cost / self._limit:.6g}")
+        mlp, heads, hidden, components = (float(f"{share:.6g}") for share in trial.shares)
+        shares = {
+            "blocks": trial.blocks,
+            "mlp": mlp,
+            "heads": heads,
+            "hidden": hidden,
+            "components": components,
+        }
+        of_budget = float(f"{trial.cost / self.trials.limit:.6g}")
         return {**shares, "cost": int(trial.cost), "of_budget": of_budget, "loss": float(f"{loss:.6g}")}
 
     def decode(self, made: Artifact) -> dict[str, Any]:
@@ -419,7 +273,9 @@ class _Search:
         size = loaded_dtype(self._source).itemsize
         after = skeleton(made, task=self._run.task, trust_remote_code=self._run.trust_remote_code)
         shapes = {name: tuple(parameter.shape) for name, parameter in after.named_parameters()}
-        return decode_prediction(read_bytes(self.model, self._whole, size), read_bytes(after, shapes, size))
+        return decode_prediction(
+            read_bytes(self.trials.model, self.trials.whole, size), read_bytes(after, shapes, size)
+        )
 
 
 def _walk(source: Artifact, run: Run) -> Walk:
@@ -427,6 +283,19 @@ def _walk(source: Artifact, run: Run) -> Walk:
     return Walk(source, run.scratch, run, model, Checkpoint(source, model), torch.device(run.device))
 
 
-def _as_moved(second: Mapping[str, Meant], first: Mapping[str, Meant]) -> dict[str, Meant]:
-    """What was meant by two cuts in a row: what the second left is as the first meant it."""
-    return {name: meant if meant.changed else first[name] for name, meant in second.items()}
+def _in_a_row(first: Outcome, second: Outcome) -> Outcome:
+    """What was decided and meant by two cuts in a row: what the second left is as the first meant it."""
+    tensors = {
+        name: meant if meant.changed else first.tensors[name] for name, meant in second.tensors.items()
+    }
+    decisions: dict[str, Any] = {
+        **first.decisions,
+        **second.decisions,
+        "config": {**first.decisions["config"], **second.decisions["config"]},
+        "parameters": {
+            "before": first.decisions["parameters"]["before"],
+            "after": second.decisions["parameters"]["after"],
+        },
+        "changed": sum(meant.changed for meant in tensors.values()),
+    }
+    return Outcome(decisions, tensors)

@@ -10,6 +10,7 @@ from compress.core.artifact import Artifact
 from compress.core.errors import PlanError, UsageError
 from compress.core.run import CalibrationSource, Run
 from compress.prune.width import Width
+from compress.sweep import width_trials
 from tests import models_zoo
 from tests.depth_models import calibration, decisions, loaded
 from tests.dummies import Killed, KillingRecorder, Recorder
@@ -58,16 +59,49 @@ def test_a_budget_is_kept_and_the_best_trial_taken(budget: str, tmp_path: Path) 
 
 
 def test_blocks_and_channels_go_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from compress.sweep import width_budget
-
-    monkeypatch.setattr(width_budget, "_FIRST", ())
-    monkeypatch.setattr(width_budget, "_WITH_FEWER_BLOCKS", ((1.0, 0.0, 0.0),))
+    monkeypatch.setattr(width_trials, "_FIRST", ())
+    monkeypatch.setattr(width_trials, "_WITH_FEWER_BLOCKS", ((1.0, 0.0, 0.0, 0.0),))
     source = models_zoo.write("qwen3", tmp_path)
     out = prune(source, tmp_path / "out", "40%", trials=1)
     said = decisions(out)
     assert said["chosen"]["blocks"] == said["blocks"]["got"] == 2
     assert said["shape"]["mlp"]["got"] < 64
     assert body(out.path) <= 0.4 * body(source)
+
+
+@pytest.mark.parametrize("budget", ["40%", "60KB"])
+def test_blocks_channels_and_components_go_together(
+    budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(width_trials, "_FIRST", ())
+    monkeypatch.setattr(width_trials, "_WITH_FEWER_BLOCKS", ((1.0, 0.0, 0.0, 1.0),))
+    source = models_zoo.write("llama-tied", tmp_path)
+    out = prune(source, tmp_path / "out", budget, trials=1)
+    said, config = decisions(out), loaded(out.path).config
+    assert said["chosen"]["components"] < 1
+    assert said["chosen"]["hidden"] == 1
+    assert config.hidden_size == said["hidden_size"]["got"] < said["hidden_size"]["of"]
+    assert config.num_hidden_layers == said["chosen"]["blocks"] == said["blocks"]["got"]
+    assert config.intermediate_size == said["shape"]["mlp"]["got"] < said["shape"]["mlp"]["of"]
+    # The cost that a trial was planned with is what it came to, the head with a weight of its own included.
+    came = body(out.path) if budget == "40%" else disk(out.path)
+    assert came <= said["chosen"]["cost"] * (1 + 1e-9)
+    assert came <= (0.4 * body(source) if budget == "40%" else 60_000)
+
+
+def test_components_go_where_they_cost_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from compress.sweep import width_budget
+
+    losses = {True: 1.0, False: 2.0}
+    monkeypatch.setattr(
+        width_budget._Search, "_loss", lambda self, trial: losses[trial.slices and not trial.narrows]
+    )
+    source = models_zoo.write("llama", tmp_path)
+    out = prune(source, tmp_path / "out", "60%", trials=8)
+    said = decisions(out)
+    assert said["chosen"]["components"] < 1
+    assert (said["chosen"]["mlp"], said["chosen"]["heads"], said["chosen"]["hidden"]) == (1, 1, 1)
+    assert body(out.path) <= 0.6 * body(source)
 
 
 def test_a_search_that_is_killed_does_not_measure_again(tmp_path: Path) -> None:
