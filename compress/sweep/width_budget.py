@@ -30,7 +30,7 @@ from compress.models.checkpoint import Checkpoint
 from compress.models.load import loaded_dtype, skeleton
 from compress.sweep.decode_prediction import decode_prediction, read_bytes
 from compress.sweep.depth_loss import model_loss
-from compress.sweep.depth_plan import Size
+from compress.sweep.depth_stacks import Size
 from compress.sweep.narrow_plan import Asked, looked_at, plan_narrowing
 from compress.sweep.narrowing import How, narrow
 from compress.sweep.narrowing import check as check_narrowing
