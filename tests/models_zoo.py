@@ -126,13 +126,11 @@ ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("T5", _T5),
     "t5-gated": (
         "T5",
-        {**_T5, "num_layers": 4, "num_decoder_layers": 3, "feed_forward_proj": "gated-gelu"}
-        | {"tie_word_embeddings": False},
+        {**_T5, "num_layers": 4, "num_decoder_layers": 3, "feed_forward_proj": "gated-gelu"},
     ),
     "umt5": ("UMT5", {**_T5, "num_decoder_layers": 2}),
     "bart": ("Bart", _TWO_STACKS),
-    "mbart": ("MBart", _TWO_STACKS),
-    "marian": ("Marian", {**_TWO_STACKS, "decoder_layers": 4}),
+    "mbart": ("MBart", {**_TWO_STACKS, "decoder_layers": 4, "tie_word_embeddings": False}),
     "pegasus": ("Pegasus", _TWO_STACKS),
     # Two configurations in one, each with a list that has an entry for each block.
     "t5gemma": (
@@ -165,7 +163,7 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> An
     family, _ = (CONFIGURATIONS | ENCODER_DECODERS)[name]
     usual = "Model" if name in ENCODERS else "ForCausalLM"
     usual = "ForConditionalGeneration" if name in ENCODER_DECODERS else usual
-    head = {"GPT2": "LMHeadModel", "Marian": "MTModel"}.get(family, usual)
+    head = {"GPT2": "LMHeadModel"}.get(family, usual)
     torch.manual_seed(seed)
     config = configuration(name)
     model = getattr(transformers, family.removesuffix("Text") + head)(config).to(dtype).eval()

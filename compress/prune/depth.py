@@ -18,7 +18,7 @@ renumbered. Each block is run in its new place beside its old one before it is w
 agree. A block that cannot move stays where it is, and the plan says so: the first one of ModernBERT,
 which lacks a norm, or of T5, which has the bias of relative positions for its whole stack.
 
-An encoder-decoder (T5, BART, Marian) has two stacks of blocks, which are shortened side by side: the
+An encoder-decoder (T5, BART, T5Gemma) has two stacks of blocks, which are shortened side by side: the
 share is of each, `--layers` is of each or one number for each (`--layers '[6, 3]'`), blocks are chosen
 within their stack, and neighbours are a run in each. The decoder reads the same calibration text as its
 encoder.
@@ -26,7 +26,7 @@ encoder.
 With `--repair` what stays makes up for what went, before any training: in front of every gap, and in
 every block behind it, the last layer that adds to the hidden state is fitted to what the original
 model has there, by ridge regression on the calibration text. That needs blocks with such a layer:
-not those with a norm behind it (BERT, Gemma 2 and 3), nor those of experts. A few hundred sequences
+not those with a norm behind it (BERT, BART, Gemma 2 and 3), nor those of experts. A few hundred sequences
 are enough; where a layer has more inputs than the text has tokens, a warning says so.
 """
 

@@ -156,7 +156,7 @@ def test_one_block_cannot_go_and_neither_can_none(tmp_path: Path) -> None:
         ("t5-gated", (0, 2, 4), {"num_layers": 2, "num_decoder_layers": 1}),
         ("umt5", (1, 2, 4), {"num_layers": 2, "num_decoder_layers": 1}),
         ("bart", (1, 3, 5, 6), {"encoder_layers": 2, "decoder_layers": 2}),
-        ("marian", (0, 1, 2, 3, 7), {"encoder_layers": 4, "decoder_layers": 1}),
+        ("mbart", (0, 1, 2, 3, 7), {"encoder_layers": 4, "decoder_layers": 1}),
     ],
 )
 def test_each_stack_has_a_number_of_its_own(
