@@ -70,7 +70,7 @@ def five_layers(folder: Path) -> Path:
 
 def going(monkeypatch: pytest.MonkeyPatch, *gone: int) -> None:
     """Let certain blocks go, whatever they do."""
-    measured = {number: float(number not in gone) for number in range(5)}
+    measured = {number: float(number not in gone) for number in range(8)}
     judgement = Judgement(gone, "influence", measured, {}, SAMPLES * LENGTH)
     monkeypatch.setattr(shortening, "_judged", lambda *_: judgement)
 
@@ -117,7 +117,8 @@ def without(model: Any, gone: Sequence[int]) -> Any:
 def outputs(model: Any, tokens: torch.Tensor | None = None) -> torch.Tensor:
     with torch.no_grad():
         tokens = models_zoo.tokens(3, 12, seed=7) if tokens is None else tokens
-        first: torch.Tensor = model(input_ids=tokens)[0]
+        more = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+        first: torch.Tensor = model(input_ids=tokens, **more)[0]
     return first
 
 

@@ -99,6 +99,50 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_COMMON, "embedding_size": 16, "intermediate_size": 64, "num_hidden_layers": 3},
     ),
 }
+_TWO_STACKS: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 4,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+_T5: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 3,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("T5", _T5),
+    "t5-gated": (
+        "T5",
+        {**_T5, "num_layers": 4, "num_decoder_layers": 3, "feed_forward_proj": "gated-gelu"},
+    ),
+    "umt5": ("UMT5", {**_T5, "num_decoder_layers": 2}),
+    "bart": ("Bart", _TWO_STACKS),
+    "mbart": ("MBart", {**_TWO_STACKS, "decoder_layers": 4, "tie_word_embeddings": False}),
+    "pegasus": ("Pegasus", _TWO_STACKS),
+    # Two configurations in one, each with a list that has an entry for each block.
+    "t5gemma": (
+        "T5Gemma",
+        {
+            "vocab_size": VOCABULARY,
+            "encoder": {**_DECODER, **_ALTERNATING, "head_dim": 8, "query_pre_attn_scalar": 8},
+            "decoder": {**_DECODER, **_ALTERNATING, "head_dim": 8, "query_pre_attn_scalar": 8},
+        },
+    ),
+}
+"""Architectures with two stacks of blocks: with another number of them in each, or as many in both."""
 ENCODERS = ("bert", "modernbert", "albert")
 MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss")
 WITHOUT_LINEAR_LAYERS = ("gpt2",)
@@ -107,7 +151,7 @@ WITHOUT_LINEAR_LAYERS = ("gpt2",)
 
 def configuration(name: str) -> Any:
     """The configuration of one architecture."""
-    family, options = CONFIGURATIONS[name]
+    family, options = (CONFIGURATIONS | ENCODER_DECODERS)[name]
     options = dict(options)
     if family == "GPT2":
         options |= {"bos_token_id": 1, "eos_token_id": 2}
@@ -116,8 +160,10 @@ def configuration(name: str) -> Any:
 
 def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """A model with random weights."""
-    family, _ = CONFIGURATIONS[name]
-    head = {"GPT2": "LMHeadModel"}.get(family, "Model" if name in ENCODERS else "ForCausalLM")
+    family, _ = (CONFIGURATIONS | ENCODER_DECODERS)[name]
+    usual = "Model" if name in ENCODERS else "ForCausalLM"
+    usual = "ForConditionalGeneration" if name in ENCODER_DECODERS else usual
+    head = {"GPT2": "LMHeadModel"}.get(family, usual)
     torch.manual_seed(seed)
     config = configuration(name)
     model = getattr(transformers, family.removesuffix("Text") + head)(config).to(dtype).eval()

@@ -158,8 +158,10 @@ def metavar(annotation: Any) -> str:
     if origin is dict:
         return "NAME=" + ",".join(metavar(part) for part in get_args(annotation)[1:]) + ",..."
     if origin in _UNIONS:
-        parts = [metavar(part).strip("[]") for part in get_args(annotation) if part is not type(None)]
-        return "|".join(parts)
+        parts = [part for part in get_args(annotation) if part is not type(None)]
+        return "|".join(metavar(part) if entry_type(part) else metavar(part).strip("[]") for part in parts)
+    if entry_type(annotation) is not None:
+        return f"[{metavar(entry_type(annotation))},...]"
     if hasattr(annotation, "__metadata__"):
         return metavar(get_args(annotation)[0])
     return {bool: "yes|no", int: "INTEGER", float: "NUMBER", str: "TEXT"}.get(annotation, "VALUE")

@@ -3,6 +3,7 @@
 from typing import Final
 
 from compress.core.artifact import Artifact
+from compress.core.errors import PlanError
 from compress.core.passes import Needs
 from compress.core.run import Run
 from compress.formats.matmul_nbits import encoded_bytes, obstacle
@@ -29,11 +30,16 @@ def predict(source: Artifact, run: Run, precision: Precision) -> Needs:
 
     Raises:
         EnvironmentFault: a package is missing.
-        PlanError: the artifact is stored in a way that cannot be exported.
+        PlanError: the artifact is stored in a way that cannot be exported, or is more than one graph.
     """
     require_packages()
     check_storage(source)
     model = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise PlanError(
+            f"{source.path} is an encoder and a decoder, which would be two graphs, and one is written",
+            "export a decoder or an encoder alone",
+        )
     checkpoint = Checkpoint(source, model)
     stems = integer_matrices(checkpoint.names)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}

@@ -70,9 +70,12 @@ def find_stream(model: Any) -> Stream:
         PlanError: the stream cannot be rotated, with the reason.
     """
     blocks = find_blocks(model)
-    if len({block.stack for block in blocks}) > 1:
+    stacks = list(dict.fromkeys(block.name.rpartition(".")[0] for block in blocks))
+    if len(stacks) > 1:
         raise PlanError(
-            "the model has several stacks of blocks, each with a residual stream of its own", _HINT
+            f"a residual stream is searched in one stack of blocks, and this model has {len(stacks)}: "
+            f"{stacks[1]} reads what {stacks[0]} hands on, so one rotation would have to serve both",
+            _HINT,
         )
     responses = Responses(model, blocks)
     responses.declare(_SEQUENCES)

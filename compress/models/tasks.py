@@ -164,8 +164,46 @@ class FeatureExtraction(Task):
         return 1.0 - cosine_similarity(outputs, targets, dim=-1).mean()
 
 
+@final
+class TextToText(Task):
+    """Writing one text from another: an encoder reads, a decoder writes."""
+
+    name = "text2text-generation"
+    title = "encoder-decoder"
+    architectures = ("ForConditionalGeneration", "MTModel")
+    metrics = _EVERY_TASK
+    # What is timed as prefill and decode is a decoder alone.
+    generates = False
+
+    def model_class(self) -> Any:
+        """``AutoModelForSeq2SeqLM``."""
+        from transformers import AutoModelForSeq2SeqLM
+
+        return AutoModelForSeq2SeqLM
+
+    def batch(self, tokens: "Tensor") -> dict[str, "Tensor"]:
+        """Tokens, an attention mask of ones, and the same tokens for the decoder, all ``[batch, length]``."""
+        return {**_tokens_and_mask(tokens), "decoder_input_ids": tokens}
+
+    def outputs(self, result: Any) -> "Tensor":
+        """Logits of the decoder, ``[batch, length, vocabulary]``."""
+        logits: Tensor = result.logits
+        return logits.float()
+
+    def loss(self, outputs: "Tensor", targets: "Tensor") -> "Tensor":
+        """Cross-entropy of each position's logits against what the decoder should write there.
+
+        Args:
+            outputs: ``[batch, length, vocabulary]``.
+            targets: ``[batch, length]``.
+        """
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+
 TASKS: Final[Mapping[str, Task]] = {
-    task.name: task for task in (TextGeneration(), TextClassification(), FeatureExtraction())
+    task.name: task for task in (TextGeneration(), TextClassification(), FeatureExtraction(), TextToText())
 }
 
 
@@ -189,6 +227,9 @@ def resolve(name: str, config: Mapping[str, Any]) -> Task:
         architectures = []
     for architecture in architectures:
         found = _of_architecture(architecture)
+        # Models that see or hear write under conditions as well, and those are no texts.
+        if isinstance(found, TextToText) and not config.get("is_encoder_decoder"):
+            found = None
         if found is not None:
             return found
     came = ", ".join(architectures) if architectures else "no architecture"

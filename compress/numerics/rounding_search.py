@@ -9,7 +9,8 @@ Ours differs in where it may begin. The paper begins at the extremes of each gro
 Here the beginning is any solution, such as one of error feedback, whose integers may lie further from the
 weights than half a step: such a weight counts as the nearest value that does round to its integer. So
 offsets of zero and factors of one are that solution exactly, and from there every integer may go either
-way.
+way. Only a weight of zero that begins as zero stays so, as a pruned one should: it lies at zero in every
+grid, and the half step that it may go rounds to even.
 
 The state is not a graph of autograd: the gradient of a loss with respect to the *values* of the matrix comes
 in, and what follows from it for offsets and factors is written out here. So the matrix costs two float32

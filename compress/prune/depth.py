@@ -15,12 +15,18 @@ run and what comes out behind it, or by the loss without the run (arXiv 2403.178
 
 The configuration is rewritten, with lists that have an entry for each block, and the blocks are
 renumbered. Each block is run in its new place beside its old one before it is written, and both must
-agree. A block that cannot move, such as the first one of ModernBERT, stays where it is.
+agree. A block that cannot move stays where it is, and the plan says so: the first one of ModernBERT,
+which lacks a norm, or of T5, which has the bias of relative positions for its whole stack.
+
+An encoder-decoder (T5, BART, T5Gemma) has two stacks of blocks, which are shortened side by side: the
+share is of each, `--layers` is of each or one number for each (`--layers '[6, 3]'`), blocks are chosen
+within their stack, and neighbours are a run in each. The decoder reads the same calibration text as its
+encoder.
 
 With `--repair` what stays makes up for what went, before any training: in front of every gap, and in
 every block behind it, the last layer that adds to the hidden state is fitted to what the original
 model has there, by ridge regression on the calibration text. That needs blocks with such a layer:
-not those with a norm behind it (BERT, Gemma 2 and 3), nor those of experts. A few hundred sequences
+not those with a norm behind it (BERT, BART, Gemma 2 and 3), nor those of experts. A few hundred sequences
 are enough; where a layer has more inputs than the text has tokens, a warning says so.
 """
 
@@ -57,9 +63,11 @@ class Depth(Pass):
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.TRANSFORMERS, Fact.FLOAT_WEIGHTS})
     calibrated: ClassVar[bool] = True
 
-    keep: float = Field(default=0.75, gt=0, le=1, description="share of the blocks that stays")
-    layers: PositiveInt | None = Field(
-        default=None, description="number of blocks that stay, where it is not that of `keep`"
+    keep: float = Field(default=0.75, gt=0, le=1, description="share of the blocks that stays, of each stack")
+    layers: PositiveInt | tuple[PositiveInt, ...] | None = Field(
+        default=None,
+        description="number of blocks that stay, where it is not that of `keep`; for an encoder-decoder of "
+        "each stack, or a list of two",
     )
     by: Literal["influence", "loss"] = Field(
         default="influence",
@@ -68,7 +76,8 @@ class Depth(Pass):
         "in memory)",
     )
     contiguous: bool = Field(
-        default=False, description="take out neighbours only, as one run of blocks chosen together"
+        default=False,
+        description="take out neighbours only, as one run of blocks of each stack, chosen together",
     )
     repair: bool = Field(
         default=False,
@@ -92,7 +101,7 @@ class Depth(Pass):
         return shorten(self._asked(), source, target, run)
 
     def _asked(self) -> "Shorter":
-        from compress.sweep.depth_plan import Size
+        from compress.sweep.depth_stacks import Size
         from compress.sweep.shortening import Shorter
 
         return Shorter(

@@ -18,7 +18,7 @@ components are those without the mean, and they are laid into channels whose mea
 head that shares the embedding's weight gets one of its own, as the norm in front of it goes into the head
 alone. Refused with the reason: classes whose heads are as wide as the hidden size says (GPT-2, OPT,
 GPT-NeoX), a norm behind a layer or behind the sum (Gemma 2 and 3, BERT), routers, fused experts, and models
-with several stacks.
+with two stacks, of which the second reads what the first hands on.
 
 Each narrow block is run beside the wide one, whose writes are projected onto the components, before it is
 written, and both must agree. With `--repair` what is left is then fitted to the original model by ridge

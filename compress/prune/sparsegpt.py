@@ -14,7 +14,8 @@ What goes is decided for a block of columns at a time (`block_size`), in whichev
 rows differ in how many they lose; with a pattern for each run of neighbours. The matrices of a block are
 pruned stage by stage, so each sees what was done to those before it.
 
-The result is dense: the same shapes and precision, with zeros. They stay zero when `quantize.gptq` follows.
+The result is dense: the same shapes and precision, with zeros. They stay zero when `quantize.gptq` or
+`quantize.autoround` follows.
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal, final

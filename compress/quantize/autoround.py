@@ -19,6 +19,8 @@ Ours differs from the paper and its reference implementation:
 - it keeps the best state over *all* calibration sequences, of a few that are looked at (`looks`), the
   beginning among them. The reference compares the losses of different minibatches. So the result is never
   worse than its beginning on the calibration text;
+- weights that pruning has set to zero stay zero (`keep_zeros`): error feedback passes them by in the
+  beginning, and the descent does not move what begins as zero;
 - a minibatch is a batch of the run, drawn without replacement until all have had their turn.
 
 Layers outside the blocks that were asked for (`--include lm_head`) keep their beginning.
@@ -32,7 +34,7 @@ from pydantic import Field
 from compress.core.errors import CalibrationError
 from compress.core.passes import Paper
 from compress.core.scheme import Scheme
-from compress.sweep.rounder import BlockRounder, IntegerRange, Rounded, SignedScales, Work
+from compress.sweep.rounder import BlockRounder, IntegerRange, KeepZeros, Rounded, SignedScales, Work
 
 if TYPE_CHECKING:
     import random
@@ -109,6 +111,7 @@ class AutoRound(BlockRounder):
     )
     integer_range: IntegerRange = "full"
     signed_scales: SignedScales = True
+    keep_zeros: KeepZeros = True
     damping: float = Field(
         default=0.05,
         ge=0,
@@ -164,7 +167,14 @@ class AutoRound(BlockRounder):
                 round_to_nearest(weight, scheme, storage, search=ranges.search, importance=importance)
             )
         solution = solve(
-            weight, statistic, scheme, storage, ranges=ranges, damping=self.damping, sweeps=_REFINEMENT
+            weight,
+            statistic,
+            scheme,
+            storage,
+            ranges=ranges,
+            damping=self.damping,
+            sweeps=_REFINEMENT,
+            keep_zeros=self.keep_zeros,
         )
         return Rounded(
             solution.quantized, {"damping": solution.damping, "dead_columns": solution.dead_columns}

@@ -21,7 +21,7 @@ from pydantic import Field
 from compress.core.errors import CalibrationError
 from compress.core.passes import Paper
 from compress.core.scheme import Scheme
-from compress.sweep.rounder import IntegerRange, Rounded, Rounder, SignedScales
+from compress.sweep.rounder import IntegerRange, KeepZeros, Rounded, Rounder, SignedScales
 
 if TYPE_CHECKING:
     import torch
@@ -71,9 +71,7 @@ class Gptq(Rounder):
         le=100,
         description="sweeps of coordinate descent over scales and integers after rounding; 0 is plain GPTQ",
     )
-    keep_zeros: bool = Field(
-        default=True, description="weights that are exactly zero, as pruning leaves them, stay zero"
-    )
+    keep_zeros: KeepZeros = True
     block_size: int = Field(
         default=128, ge=1, description="columns between two large updates; changes speed and memory only"
     )

@@ -158,9 +158,20 @@ class ConfigSearch:
         return None
 
     def edited(self, document: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:
-        """The document with some fields set, under their own names and under no alias beside it."""
+        """The document with some fields set, under their own names and under no alias beside it.
+
+        A name with dots lies in a section of the document (`flat`).
+        """
         aliases = {alias for alias, name in type(self._config).attribute_map.items() if name in edits}
-        return {**{name: value for name, value in document.items() if name not in aliases}, **edits}
+        changed = {name: value for name, value in document.items() if name not in aliases}
+        for name, value in edits.items():
+            *path, leaf = name.split(".")
+            section = changed
+            for part in path:
+                section[part] = dict(section.get(part) or {})
+                section = section[part]
+            section[leaf] = value
+        return changed
 
     def model(self, document: Mapping[str, Any]) -> Any | None:
         """A skeleton of what a ``config.json`` describes, or ``None`` where no model can be built."""
@@ -199,12 +210,22 @@ def model_of(
         return skeleton(trial, task=run.task, dtype=dtype, trust_remote_code=run.trust_remote_code)
 
 
+def flat(fields: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """The fields of a configuration and of its sections, whose names get a dot behind the section's."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        path = f"{section}.{name}" if section else str(name)
+        found |= flat(value, path) if isinstance(value, Mapping) else {path: value}
+    return found
+
+
 _ABSENT: Final = object()
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a configuration that another one does not have, or has with another value."""
-    return {name: value for name, value in after.items() if before.get(name, _ABSENT) != value}
+    known = flat(before)
+    return {name: value for name, value in flat(after).items() if known.get(name, _ABSENT) != value}
 
 
 def _subsets(names: list[str], value: int) -> Iterator[dict[str, Any]]:

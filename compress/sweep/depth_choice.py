@@ -1,7 +1,8 @@
 """Which blocks go, from what was measured of each of them or of each run of neighbours."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 
 from compress.core.errors import PlanError
 from compress.sweep.depth_plan import DepthPlan, one_by_one
@@ -32,7 +33,7 @@ def ranked(measured: Mapping[int, float]) -> list[int]:
 
 
 def dispensable(measured: Mapping[int, float], plan: DepthPlan) -> tuple[int, ...]:
-    """The blocks that do least, as far as a configuration can do without them.
+    """The blocks of every stack that do least, as far as a configuration can do without them.
 
     Where the model without exactly these cannot be said, they are taken one by one, each the least of those
     without which it can; where that does not lead there either, they go as neighbours.
@@ -44,39 +45,43 @@ def dispensable(measured: Mapping[int, float], plan: DepthPlan) -> tuple[int, ..
         PlanError: there is no configuration for any selection.
     """
     order = ranked(measured)
-    first = tuple(sorted(order[: plan.gone]))
+    least = ([number for number in order if number in stack.numbers] for stack in plan.stacks)
+    first = tuple(
+        sorted(n for numbers, stack in zip(least, plan.stacks, strict=True) for n in numbers[: stack.gone])
+    )
     if plan.fits(first):
         return first
     found = one_by_one(plan, order)
     if found is not None:
         return found
-    sums = {start: sum(measured[number] for number in window(plan, start)) for start in starts(plan)}
-    return best_window(sums, plan)
+    sums = {w[0]: sum(measured[number] for number in w) for w in windows(plan)}
+    return best_windows(sums, plan)
 
 
-def best_window(measured: Mapping[int, float], plan: DepthPlan) -> tuple[int, ...]:
-    """The neighbours that do least together, as far as a configuration can do without them.
+def best_windows(measured: Mapping[int, float], plan: DepthPlan) -> tuple[int, ...]:
+    """The neighbours of every stack that do least together, as far as a configuration can do without them.
 
     Args:
         measured: by the number of the first of them.
 
+    Returns:
+        numbers, rising.
+
     Raises:
         PlanError: there is no configuration without any of the windows.
     """
-    for start in ranked(measured):
-        if plan.fits(window(plan, start)):
-            return window(plan, start)
+    losing = [stack for stack in plan.stacks if stack.gone]
+    starts = [ranked({start: measured[start] for start in stack.starts}) for stack in losing]
+    for chosen in product(*starts):
+        gone = [number for stack, start in zip(losing, chosen, strict=True) for number in stack.window(start)]
+        if plan.fits(gone):
+            return tuple(gone)
     raise no_selection(plan)
 
 
-def starts(plan: DepthPlan) -> Sequence[int]:
-    """The first blocks of all windows that may go."""
-    return range(plan.stay + 1)
-
-
-def window(plan: DepthPlan, start: int) -> tuple[int, ...]:
-    """As many neighbours as go, from one block on."""
-    return tuple(range(start, start + plan.gone))
+def windows(plan: DepthPlan) -> list[tuple[int, ...]]:
+    """All runs of neighbours that may go, each of one stack, in the order of their first blocks."""
+    return [stack.window(start) for stack in plan.stacks for start in stack.starts]
 
 
 def no_selection(plan: DepthPlan) -> PlanError:

@@ -4,7 +4,8 @@ Block after block is left out alone, the model is run on calibration text, and t
 loses least goes; then again without it, until enough are gone (Kim et al. 2024, "Shortened LLaMA",
 arXiv 2402.02834, section 3.1, who measure once and not again after each block). Neighbours that go together
 are left out together, each run of them once. The loss is that of the next token where a model predicts one; a
-classifier is measured by the divergence from what it said before, an encoder by the cosine to it.
+classifier is measured by the divergence from what it said before, an encoder by the cosine to it. A decoder
+that reads the same text as its encoder finds the next token there, so it is measured by the divergence too.
 
 Blocks before the one that is left out are not run again: the model is re-entered there. All others run for
 every measurement, so the whole model is in memory, in the precision in which blocks are computed.
@@ -25,8 +26,9 @@ from compress.models.tasks import FeatureExtraction, Task, TextGeneration, resol
 from compress.numerics.criterion import Criterion
 from compress.numerics.divergence import imitation
 from compress.sweep.activations import Activations
-from compress.sweep.depth_choice import Judgement, best_window, dispensable, ranked, starts, window
+from compress.sweep.depth_choice import Judgement, best_windows, dispensable, ranked, windows
 from compress.sweep.depth_plan import DepthPlan
+from compress.sweep.depth_scan import given_to
 from compress.sweep.narrow_cuts import ranges
 from compress.sweep.walk import Walk
 
@@ -77,7 +79,7 @@ class _Losses:
         self._task = resolve(walk.run.task, walk.source.config)
         self._file = walk.run.scratch / _FILE
         self._known: dict[tuple[int, ...], float] = {}
-        self._extras: Mapping[int, tuple[Any, ...]] = {}
+        self._tuples: frozenset[int] = frozenset()
 
     def judge(self, plan: DepthPlan) -> Judgement:
         """Measure and choose."""
@@ -85,8 +87,8 @@ class _Losses:
             tokens = sum(batch["input_ids"].numel() for batch in activations.batches)
             _, wanted = self._whole(reentry, activations)
             if plan.contiguous:
-                windows = self._windows(plan, reentry, activations, wanted)
-                return Judgement(best_window(windows, plan), "loss", {}, windows, tokens)
+                losses = self._windows(plan, reentry, activations, wanted)
+                return Judgement(best_windows(losses, plan), "loss", {}, losses, tokens)
             gone, alone = self._greedily(plan, reentry, activations, wanted)
             return Judgement(gone, "loss", alone, {}, tokens)
 
@@ -135,7 +137,7 @@ class _Losses:
         rounds = sum(total - place for place in range(plan.gone))
         with self._walk.run.reporter.progress(title, rounds, "block") as advance:
             while len(gone) < plan.gone:
-                left = [number for number in range(total) if number not in gone]
+                left = [number for number in range(total) if plan.open(gone, number)]
                 losses = {}
                 for number, loss in self._without_each(
                     [(number,) for number in left], gone, reentry, activations, wanted
@@ -154,8 +156,9 @@ class _Losses:
         self, plan: DepthPlan, reentry: Reentry, activations: Activations, wanted: Sequence[torch.Tensor]
     ) -> dict[int, float]:
         """The loss without each run of neighbours that may go, by the first of them."""
-        choices = [window(plan, start) for start in starts(plan)]
-        title = f"loss without each {plan.gone} neighbours of {len(self._walk.blocks)} blocks"
+        choices = windows(plan)
+        count = " and ".join(str(stack.gone) for stack in plan.stacks if stack.gone)
+        title = f"loss without each {count} neighbours of {len(self._walk.blocks)} blocks"
         losses = {}
         with self._walk.run.reporter.progress(title, len(choices), "window") as advance:
             for choice, loss in self._without_each(choices, (), reentry, activations, wanted):
@@ -175,8 +178,7 @@ class _Losses:
         recording = Recording()
         for block in blocks:
             reentry.advance(block.position, activations.batches[0], recording)
-        # A block that is left out returns what it is given in the shape in which it returned its own.
-        self._extras = dict(recording.extras)
+        self._tuples = frozenset(recording.extras)
         said: list[torch.Tensor] = []
         total, sequences = 0.0, 0
         for batch in activations.batches:
@@ -252,7 +254,7 @@ class _Losses:
         """Leave blocks out while the context lasts: each hands on what it is given."""
         before = [block.module.forward for block in blocks]
         for block in blocks:
-            block.module.forward = _handing_on(self._extras.get(block.position))
+            block.module.forward = _handing_on(block, block.position in self._tuples)
         try:
             yield
         finally:
@@ -326,18 +328,21 @@ def _streamed(walk: Walk, task: Task) -> Iterator[tuple[torch.Tensor, torch.Tens
     walk.checkpoint.release("")
 
 
-def _handing_on(extras: tuple[Any, ...] | None) -> Callable[..., Any]:
-    """A block that computes nothing.
+def _handing_on(block: Block, beside: bool) -> Callable[..., Any]:
+    """A block that adds nothing to the hidden state.
 
     Args:
-        extras: what it returns beside the hidden state, or ``None`` where it returns that alone.
+        beside: whether it returns something beside the hidden state, which others may want of it: the first
+            block of T5 computes the bias of relative positions for all of them, so it runs for that.
     """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else next(iter(kwargs.values()))
-        if extras is None:
+        hidden = given_to(args, kwargs)
+        if not beside:
             return hidden
-        return (hidden, *(e.to(hidden.device) if isinstance(e, torch.Tensor) else e for e in extras))
+        # It may add in place to what it is given.
+        hidden = hidden.clone()
+        return (hidden, *type(block.module).forward(block.module, *args, **kwargs)[1:])
 
     return forward
 

@@ -13,6 +13,7 @@ from compress.models.checkpoint import Checkpoint
 from compress.models.load import loaded_dtype
 from compress.models.probe import input_features, output_features
 from compress.models.writers import Writer
+from compress.sweep.depth_choice import windows
 from compress.sweep.depth_plan import DepthPlan
 from compress.sweep.prediction import IMPORT_BYTES, predict_narrowing, rate
 
@@ -33,7 +34,7 @@ def predict_depth(
         writers: layers that are fitted again, by block; empty where nothing is repaired.
         measuring: the run with the text of measured losses; ``None`` where none are measured.
     """
-    left = plan.shapes_of(range(plan.stay))
+    left = plan.shapes_of(plan.without(plan.last()))
     shapes = {name: left.get(name, (0,)) for name in plan.shapes}
     blocks = find_blocks(model)
     needs = predict_narrowing(shapes, blocks, model, checkpoint, run)
@@ -82,7 +83,7 @@ def _with_losses(needs: Needs, plan: DepthPlan, model: Any, measuring: Run, comp
     body = sum(entry.numel() for block in find_blocks(model) for entry in block.module.parameters())
     total = len(plan.blocks)
     # Every block in every round, or every window once; half of the blocks run, as the others are replayed.
-    times = plan.stay + 1 if plan.contiguous else sum(total - place for place in range(plan.gone))
+    times = len(windows(plan)) if plan.contiguous else sum(total - place for place in range(plan.gone))
     seconds = times * tokens * body / rate(torch.device(measuring.device))
     on_host = measuring.device == "cpu"
     return replace(

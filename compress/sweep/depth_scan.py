@@ -20,7 +20,7 @@ from compress.formats.shards import write_shard
 from compress.models.blocks import Block, Recording, Reentry
 from compress.numerics.similarity import Influence, angular_distance
 from compress.sweep.activations import Activations
-from compress.sweep.depth_choice import Judgement, best_window, dispensable, starts
+from compress.sweep.depth_choice import Judgement, best_windows, dispensable, windows
 from compress.sweep.depth_plan import DepthPlan
 from compress.sweep.memory import return_freed
 from compress.sweep.unit import UnitRecord
@@ -44,14 +44,19 @@ class Arrived:
     hidden: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
+def given_to(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The hidden state among what a block is called with: the first of it."""
+    given: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+    return given
+
+
 @contextmanager
 def arriving(module: nn.Module) -> Iterator[Arrived]:
     """The hidden state with which a block is called while the context lasts."""
     arrived = Arrived()
 
     def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = args[0] if args else next(iter(kwargs.values()))
-        arrived.hidden = given.detach().to("cpu", copy=True)
+        arrived.hidden = given_to(args, kwargs).detach().to("cpu", copy=True)
 
     hook = module.register_forward_pre_hook(watch, with_kwargs=True)
     try:
@@ -79,8 +84,8 @@ def judge_by_influence(walk: Walk, plan: DepthPlan) -> Judgement:
     tokens = int(rows[0]["tokens"])
     if not plan.contiguous:
         return Judgement(dispensable(blocks, plan), "influence", blocks, {}, tokens)
-    windows = scan.distances(plan)
-    return Judgement(best_window(windows, plan), "influence", blocks, windows, tokens)
+    distances = scan.distances(plan)
+    return Judgement(best_windows(distances, plan), "influence", blocks, distances, tokens)
 
 
 @final
@@ -120,8 +125,8 @@ class _Scan:
     def distances(self, plan: DepthPlan) -> dict[int, float]:
         """The angular distance over each run of neighbours that may go, by the first of them."""
         return {
-            start: angular_distance(self._states(start), self._states(start + plan.gone))
-            for start in starts(plan)
+            gone[0]: angular_distance(self._entering(gone[0]), self._leaving(gone[-1]))
+            for gone in windows(plan)
         }
 
     def _block(self, block: Block, activations: Activations, reentry: Reentry) -> UnitRecord:
@@ -146,25 +151,38 @@ class _Scan:
         except CalibrationError as error:
             raise CalibrationError(f"{block.name}: {error.message}", error.hint) from error
         row = {"block": block.name, "tokens": influence.tokens, "influence": value}
-        record = self._write(block.position, {name: torch.cat(parts) for name, parts in kept.items()}, row)
+        record = self._write(block, {name: torch.cat(parts) for name, parts in kept.items()}, row)
         last = block.position == len(walk.blocks) - 1
         walk.finish(block.position, record, None if last else activations)
         self._marker.touch()
         return record
 
-    def _write(self, position: int, states: dict[str, torch.Tensor], row: dict[str, Any]) -> UnitRecord:
-        if position > 0:
+    def _write(self, block: Block, states: dict[str, torch.Tensor], row: dict[str, Any]) -> UnitRecord:
+        if not self._begins(block.position):
             # What enters a block is what left the one before.
             del states[_ENTERING]
-        file = _file(position)
+        file = _file(block.position)
         layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in states.items()}
         size = write_shard(self._walk.target / file, layout, states.__getitem__, lambda _: None)
         return UnitRecord(file, sorted(layout), size, {}, [row])
 
-    def _states(self, place: int) -> torch.Tensor:
+    def _begins(self, position: int) -> bool:
+        """Whether a block is the first of its stack."""
+        blocks = self._walk.blocks
+        return position == 0 or blocks[position - 1].stack != blocks[position].stack
+
+    def _entering(self, position: int) -> torch.Tensor:
         """Hidden states at some positions in front of a block, ``[positions, width]``."""
-        name = _ENTERING if place == 0 else _LEAVING
-        with safe_open(self._walk.target / _file(max(place - 1, 0)), framework="pt") as handle:
+        if self._begins(position):
+            return self._states(position, _ENTERING)
+        return self._leaving(position - 1)
+
+    def _leaving(self, position: int) -> torch.Tensor:
+        """Hidden states at the same positions behind a block."""
+        return self._states(position, _LEAVING)
+
+    def _states(self, position: int, name: str) -> torch.Tensor:
+        with safe_open(self._walk.target / _file(position), framework="pt") as handle:
             states: torch.Tensor = handle.get_tensor(name)
         return states
 

@@ -8,7 +8,7 @@ loss, the product of activation and gradient (Molchanov et al. 2019, "Importance
 Pruning", arXiv 1906.10771, equation 8, with activations in the place of weights).
 
 Activations take one pass with one block in memory. Losses and gradients take the whole model. The decoder of
-an encoder-decoder reads the same text as its encoder.
+an encoder-decoder reads the same text as its encoder, and its loss is the divergence from what it said.
 """
 
 import math
@@ -105,7 +105,7 @@ def measure_importance(source: Artifact, run: Run, *, loss: bool = True, taylor:
         ModelError: the model has no stack of blocks.
         PlanError: the run has no calibration text, or what was asked for cannot be measured of this model.
     """
-    _require(source, run, loss=loss, taylor=taylor)
+    _require(source, run, taylor=taylor)
     anatomy = dissect(skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code))
     walk = _walk(source, run)
     influences, parts, tokens = _activations(walk, anatomy.channels)
@@ -126,15 +126,10 @@ def measure_importance(source: Artifact, run: Run, *, loss: bool = True, taylor:
     return Importance(blocks, entries, whole, tokens, unmeasured)
 
 
-def _require(source: Artifact, run: Run, *, loss: bool, taylor: bool) -> None:
+def _require(source: Artifact, run: Run, *, taylor: bool) -> None:
     """Refuse before any work what could not be measured after it."""
     if run.calibration is None:
         raise PlanError("importance is measured on calibration text", "give --calibration TEXT")
-    if loss and source.config.get("is_encoder_decoder"):
-        raise PlanError(
-            f"{source.path} has an encoder and a decoder: losses without a block are measured of one stack",
-            "leave them out with --no-loss",
-        )
     task = resolve(run.task, source.config)
     if taylor and not isinstance(task, TextGeneration):
         raise PlanError(
@@ -172,9 +167,6 @@ def _activations(
         walk.run.reporter.progress(title, len(walk.blocks), "block") as advance,
     ):
         walk.load_outside()
-        if len(walk.blocks) == 1:
-            # A lone block is not stopped behind, as a model may run it again: its output meets the head.
-            walk.load_head()
         for block in walk.blocks:
             walk.run.reporter.event("block.start", block=block.name, position=block.position)
             members = [entry for entry in channels if entry.block == block.name]

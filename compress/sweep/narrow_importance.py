@@ -107,9 +107,6 @@ class _Streamed:
         with walk.reentry() as reentry:
             if activations is not None:
                 walk.load_outside()
-                if len(walk.blocks) == 1:
-                    # A lone block is not stopped behind, as a model may run it again: it meets the head.
-                    walk.load_head()
             records = walk.through(
                 f"{self._by} of {len(walk.blocks)} blocks",
                 lambda block: self._block(block, activations, reentry),

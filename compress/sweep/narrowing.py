@@ -198,9 +198,6 @@ class _Narrowing:
         title = f"{len(self.plan.channels)} layers in {len(walk.blocks)} blocks"
         with walk.reentry() as reentry:
             walk.load_outside()
-            if len(walk.blocks) == 1:
-                # A lone block is not stopped behind, as a model may run it again: its output meets the head.
-                walk.load_head()
             records = walk.through(
                 title,
                 lambda block: self._block(block, activations, reentry),

@@ -44,6 +44,10 @@ SignedScales = Annotated[
     ),
 ]
 """The option ``signed_scales`` of rounders that search the range of a group."""
+KeepZeros = Annotated[
+    bool, Field(description="weights that are exactly zero, as pruning leaves them, stay zero")
+]
+"""The option ``keep_zeros`` of rounders that would move them otherwise."""
 
 
 @dataclass(frozen=True)

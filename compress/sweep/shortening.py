@@ -4,7 +4,7 @@ First it is measured which blocks do least (`compress.sweep.depth_scan`, `compre
 the blocks that stay are written one after the other under their new numbers, byte for byte where nothing is
 repaired. Before a block is written it is run in its new place, in the model that the new configuration
 describes, and in its old one, on the hidden state that it will see: both must say the same. What goes is
-passed by, as if it added nothing.
+passed by, as if it added nothing. The stacks of an encoder-decoder are shortened one behind the other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,10 +27,12 @@ from compress.sweep.config_search import changes
 from compress.sweep.cutting import Piece, as_they_are, finish_unread, write_pieces
 from compress.sweep.depth_choice import Judgement
 from compress.sweep.depth_loss import judge_by_loss
-from compress.sweep.depth_plan import DepthPlan, DiskNames, Size, disk_names, plan_depth
+from compress.sweep.depth_names import DiskNames, disk_names
+from compress.sweep.depth_plan import DepthPlan, plan_depth
 from compress.sweep.depth_prediction import predict_depth
 from compress.sweep.depth_repair import Refitted, refit, writers_of
 from compress.sweep.depth_scan import judge_by_influence, passed
+from compress.sweep.depth_stacks import Size
 from compress.sweep.memory import return_freed
 from compress.sweep.narrow_cuts import ranges
 from compress.sweep.narrow_model import NarrowModel
@@ -71,7 +73,9 @@ def check(asked: Shorter, source: Artifact, run: Run) -> Needs:
     plan = plan_depth(asked.size, source, run)
     model = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
     checkpoint = Checkpoint(source, model)
-    disk_names(checkpoint, plan.blocks)
+    _disk_names(checkpoint, plan)
+    for block, why in plan.held().items():
+        run.reporter.message(f"{block} stays: {why}")
     writers = writers_of(source, run, checkpoint) if asked.repair else {}
     measuring = _measuring(asked, run) if asked.by == "loss" else None
     return predict_depth(plan, writers, model, checkpoint, run, measuring)
@@ -97,13 +101,13 @@ def shorten(asked: Shorter, source: Artifact, target: Path, run: Run) -> Outcome
     config = plan.config(kept)
     if config is None:
         raise PlanError(f"no configuration has the blocks {ranges(kept)}", "ask for another number of them")
-    gone = ranges(judgement.gone)
+    gone = plan.words(judgement.gone)
     run.reporter.message(
         f"blocks: {plan.stay} of {len(plan.blocks)} stay, {gone} go (by {judgement.measure})"
     )
     walk = _walk(source, target, run)
     writers = writers_of(source, run, walk.checkpoint) if asked.repair else {}
-    names = disk_names(walk.checkpoint, plan.blocks)
+    names = _disk_names(walk.checkpoint, plan)
     outcome = _Shortening(walk, plan, judgement, config, names, writers).apply()
     before, after = plan.count(plan.shapes), plan.count(plan.shapes_of(kept))
     decisions: dict[str, Any] = {
@@ -119,7 +123,7 @@ def shorten(asked: Shorter, source: Artifact, target: Path, run: Run) -> Outcome
     }
     if judgement.windows:
         decisions["windows"] = {
-            str(start): f"{value:.6g}" for start, value in sorted(judgement.windows.items())
+            plan.words([start]): f"{value:.6g}" for start, value in sorted(judgement.windows.items())
         }
     return Outcome(decisions, outcome.tensors)
 
@@ -127,6 +131,11 @@ def shorten(asked: Shorter, source: Artifact, target: Path, run: Run) -> Outcome
 def _walk(source: Artifact, target: Path, run: Run) -> Walk:
     model = placed_skeleton(source, run)
     return Walk(source, target, run, model, Checkpoint(source, model), torch.device(run.device))
+
+
+def _disk_names(checkpoint: Checkpoint, plan: DepthPlan) -> list[DiskNames]:
+    """Where names on disk count blocks, for each stack."""
+    return [disk_names(checkpoint, [plan.blocks[n] for n in stack.numbers]) for stack in plan.stacks]
 
 
 def _judged(asked: Shorter, plan: DepthPlan, source: Artifact, target: Path, run: Run) -> Judgement:
@@ -149,12 +158,14 @@ class _Unit:
     """A block that stays, and the blocks beside it that go.
 
     Attributes:
-        number: of the block in the shorter model.
-        before: blocks that go in front of the first one that stays; empty for all others.
+        number: of the block in the shorter model, over all stacks.
+        place: of the block in its stack there.
+        before: blocks that go in front of the first one of a stack that stays; empty for all others.
         after: blocks that go behind it.
     """
 
     number: int
+    place: int
     block: Block
     before: tuple[Block, ...]
     after: tuple[Block, ...]
@@ -162,12 +173,14 @@ class _Unit:
 
 def _units(blocks: Sequence[Block], gone: Sequence[int]) -> list[_Unit]:
     """The blocks that stay, in order, with those that go."""
-    kept = [block for block in blocks if block.position not in gone]
-    units = []
-    for number, block in enumerate(kept):
-        end = kept[number + 1].position if number + 1 < len(kept) else len(blocks)
-        before = tuple(blocks[: block.position]) if number == 0 else ()
-        units.append(_Unit(number, block, before, tuple(blocks[block.position + 1 : end])))
+    units: list[_Unit] = []
+    for stack in sorted({block.stack for block in blocks}):
+        members = [block for block in blocks if block.stack == stack]
+        places = [place for place, block in enumerate(members) if block.position not in gone]
+        for number, place in enumerate(places):
+            end = places[number + 1] if number + 1 < len(places) else len(members)
+            before = tuple(members[:place]) if number == 0 else ()
+            units.append(_Unit(len(units), number, members[place], before, tuple(members[place + 1 : end])))
     return units
 
 
@@ -181,7 +194,7 @@ class _Shortening:
         plan: how many go.
         judgement: which.
         config: of the shorter model.
-        disk: where names on disk count blocks.
+        disk: where names on disk count blocks, for each stack.
         writers: what is fitted again in each block; empty where nothing is.
     """
 
@@ -189,13 +202,17 @@ class _Shortening:
     plan: DepthPlan
     judgement: Judgement
     config: Mapping[str, Any]
-    disk: DiskNames
+    disk: Sequence[DiskNames]
     writers: Mapping[str, Writer]
     _small: NarrowModel | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._units = _units(self.walk.blocks, self.judgement.gone)
         self._places = {unit.block.position: unit.number for unit in self._units}
+        self._names = {
+            unit.block.position: f"{self.plan.stacks[unit.block.stack].path}.{unit.place}"
+            for unit in self._units
+        }
         # Blocks in front of the first gap see what they saw and say what they said.
         self._first_cut = next(unit.number for unit in self._units if unit.before or unit.after)
 
@@ -217,7 +234,7 @@ class _Shortening:
             walk.run.reporter.progress(title, len(self._units) + 1, "block") as advance,
         ):
             walk.load_outside()
-            if self.plan.stay == 1:
+            if self.plan.stacks[-1].stay == 1:
                 # A lone block is not stopped behind, as a model may run it again: its output meets the head.
                 walk.load_head()
             for unit in self._units:
@@ -296,10 +313,9 @@ class _Shortening:
 
     def _row(self, block: Block) -> dict[str, Any]:
         """What the table of layers says of a block, whether it stays or goes."""
-        number = self._places.get(block.position)
         row: dict[str, Any] = {
             "layer": block.name,
-            "becomes": "" if number is None else f"{self.plan.stack}.{number}",
+            "becomes": self._names.get(block.position, ""),
             "tokens": self.judgement.tokens,
         }
         if block.position in self.judgement.blocks:
@@ -317,7 +333,7 @@ class _Shortening:
         if self._small is None:
             self._small = NarrowModel(self.config, walk, compute)
         weights = {
-            f"{self.plan.stack}.{unit.number}.{name}": parameter.detach()
+            f"{self._names[block.position]}.{name}": parameter.detach()
             for name, parameter in block.module.named_parameters()
         }
         extras = {
@@ -330,19 +346,19 @@ class _Shortening:
         same, words = agree(hidden_state(stayed), hidden_state(moved), compute)
         if not same:
             raise VerificationError(
-                f"{block.name} as {self.plan.stack}.{unit.number} is {words} in its old place",
+                f"{block.name} as {self._names[block.position]} is {words} in its old place",
                 "the architecture computes by the number of a block in a way that was not seen: report it, "
                 "and prune its width with prune.width",
             )
 
     def _pieces(self, unit: _Unit, made: Refitted) -> dict[str, Piece]:
         """The tensors of a block that stays, by the names that they get on disk."""
-        checkpoint = self.walk.checkpoint
+        checkpoint, disk = self.walk.checkpoint, self.disk[unit.block.stack]
         pieces: dict[str, Piece] = {}
         for name in checkpoint.names_of(unit.block.name):
             if name in checkpoint.passed_over:
                 continue
-            parameter, new = checkpoint.target[name], self.disk.renumbered(name, unit.number)
+            parameter, new = checkpoint.target[name], disk.renumbered(name, unit.place)
             fitted, error = made.tensors.get(parameter), made.errors.get(parameter, 0.0)
             # Another block had this name, so other values have it now.
             pieces[new] = Piece(name, moved=new != name, fitted=fitted, error=error)

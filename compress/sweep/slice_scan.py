@@ -77,9 +77,6 @@ class _Scan:
         ):
             if done < len(walk.blocks):
                 walk.load_outside()
-                if len(walk.blocks) == 1:
-                    # A lone block is not stopped behind, as a model may run it again.
-                    walk.load_head()
             advance(done)
             for block in walk.blocks[done:]:
                 self._block(block, activations, reentry)

@@ -169,9 +169,6 @@ class _Slicing:
         title = f"the residual stream through {len(walk.blocks)} blocks"
         with walk.reentry() as wide, self._small.running() as narrow:
             walk.load_outside()
-            if len(walk.blocks) == 1:
-                # A lone block is not stopped behind, as a model may run it again: its output meets the head.
-                walk.load_head()
             self._small.fill_outside(self._made(self._outer()).tensors)
             repair = SliceRepair(walk, self._small, self._weights, activations)
             records = walk.through(

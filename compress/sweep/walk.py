@@ -117,9 +117,14 @@ class Walk:
         return names[0]
 
     def load_outside(self) -> None:
-        """Bring everything outside the blocks but the head: what a forward pass needs to reach them."""
+        """Bring everything outside the blocks but the head: what a forward pass needs to reach them.
+
+        A last stack of one block is not stopped behind, as a model may run the block again: its output meets
+        the head, which comes too.
+        """
         head = self.head()
-        waiting = [] if head is None else self.checkpoint.names_of(head)
+        alone = [block.stack for block in self.blocks].count(self.blocks[-1].stack) == 1
+        waiting = [] if head is None or alone else self.checkpoint.names_of(head)
         self.checkpoint.load([name for name in self.outside_names() if name not in waiting], self.device)
         self.model.tie_weights()
 

@@ -27,7 +27,7 @@ from compress.models.load import loaded_dtype, skeleton
 from compress.sweep import slicing
 from compress.sweep.decode_prediction import decode_prediction, read_bytes
 from compress.sweep.depth_loss import model_loss
-from compress.sweep.depth_plan import Size
+from compress.sweep.depth_stacks import Size
 from compress.sweep.narrowing import How, narrow
 from compress.sweep.narrowing import check as check_narrowing
 from compress.sweep.shortening import Shorter, shorten

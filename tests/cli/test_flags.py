@@ -29,6 +29,7 @@ class Options(BaseModel):
     off: bool = Field(default=False, description="off")
     ignore: tuple[str, ...] = Field(default=(), description="patterns")
     sizes: tuple[int, ...] = Field(default=(1, 2), description="sizes")
+    layers: int | tuple[int, ...] | None = Field(default=None, description="layers")
     overrides: tuple[Entry, ...] = Field(default=(), description="overrides")
     single: Entry | None = Field(default=None, description="one entry")
 
@@ -80,6 +81,8 @@ def parsed(*words: str) -> dict[str, Any]:
         (["--off"], {"off": True}),
         (["--ignore", "lm_head", "--ignore", "*.down:proj"], {"ignore": ["lm_head", "*.down:proj"]}),
         (["--size", "3"], {"sizes": [3]}),
+        (["--layers", "3"], {"layers": 3}),
+        (["--layers", "[6, 3]"], {"layers": [6, 3]}),
         (["--override", "*.down:bits=8"], {"overrides": [{"match": "*.down", "bits": 8}]}),
         (
             ["--override", "re:a:b.*:bits=8,group_size=channel", "--override", "{match: x, bits: 2}"],
@@ -123,6 +126,7 @@ def test_an_entry_that_is_no_mapping_is_refused() -> None:
         ("on", "--on", "yes|no"),
         ("ignore", "--ignore", "TEXT"),
         ("sizes", "--size", "INTEGER"),
+        ("layers", "--layers", "INTEGER|[INTEGER,...]"),
         ("overrides", "--override", "MATCH:bits=..."),
     ],
 )

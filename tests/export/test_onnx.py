@@ -98,6 +98,11 @@ def test_another_format_is_refused_when_it_is_planned(tmp_path: Path) -> None:
         Onnx().check(Artifact.open(source), Run())
 
 
+def test_two_graphs_are_refused_when_they_are_planned(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="is an encoder and a decoder, which would be two graphs"):
+        Onnx().check(Artifact.open(models_zoo.write("t5", tmp_path)), Run())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [({"activations": "dynamic"}, "quantizes the inputs"), ({"format": "fp8"}, "as small floats")],

@@ -21,10 +21,28 @@ from compress.models.tasks import TASKS, FeatureExtraction, TextClassification, 
         ("GPT2Model", "feature-extraction"),
         ("ModernBertForMaskedLM", "feature-extraction"),
         ("T5EncoderModel", "feature-extraction"),
+        ("T5Model", "feature-extraction"),
     ],
 )
 def test_auto_reads_the_architecture(architecture: str, name: str) -> None:
     assert resolve("auto", {"architectures": [architecture]}).name == name
+
+
+@pytest.mark.parametrize("architecture", ["T5ForConditionalGeneration", "MarianMTModel"])
+def test_an_encoder_decoder_writes_from_texts_and_other_models_may_not(architecture: str) -> None:
+    config = {"architectures": [architecture], "is_encoder_decoder": True}
+    assert resolve("auto", config).name == "text2text-generation"
+    with pytest.raises(ModelError, match="--task"):
+        resolve("auto", {"architectures": ["LlavaForConditionalGeneration"]})
+
+
+def test_a_decoder_reads_what_its_encoder_reads() -> None:
+    tokens = torch.arange(6).reshape(2, 3)
+    batch = TASKS["text2text-generation"].batch(tokens)
+    assert torch.equal(batch["decoder_input_ids"], tokens)
+    outputs = torch.zeros(2, 3, 7)
+    loss = TASKS["text2text-generation"].loss(outputs, tokens)
+    assert loss.item() == pytest.approx(math.log(7))
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))

@@ -162,6 +162,21 @@ def test_a_group_of_zeros_stays_zeros() -> None:
     assert not bool(search.quantized().dequantize()[:, :8].any())
 
 
+@pytest.mark.parametrize("descent", ["sign", "scaled"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_zeros_that_begin_as_zero_stay_so_whatever_the_gradients(scheme: Scheme, descent: Descent) -> None:
+    pruned = torch.rand(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3)) < 0.5
+    weight = _weight().masked_fill(pruned, 0)
+    start = round_to_nearest(weight, scheme, torch.float16, search=ClipSearch(signed=True))
+    search = RoundingSearch(weight, start, widest=2.0, ranges=True, descent=descent)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(10):
+        # Mostly to one side, so that offsets get as far as they may.
+        search.descend(torch.rand(ROWS, COLUMNS, generator=generator) - 0.1, 0.25, 0.05)
+        assert not bool(search.quantized().dequantize()[pruned].any())
+    assert not _same(search.quantized(), start)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_whatever_the_gradients_the_result_can_be_stored(scheme: Scheme) -> None:
     generator = torch.Generator().manual_seed(5)

@@ -62,7 +62,7 @@ REFUSED = {
     "qwen2-moe": "mlp.gate.weight reads it and is no linear layer",
     "qwen3-moe": "mlp.gate.weight reads it and is no linear layer",
     "gpt-oss": "mlp.router.weight reads it and is no linear layer",
-    "t5": "several stacks of blocks",
+    "t5": r"decoder\.block reads what encoder\.block hands on, so one rotation would have to serve both",
 }
 
 

@@ -179,13 +179,22 @@ def test_every_matrix_by_itself_loses_its_share(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"pattern": "2:4"}, pytest.param({"sparsity": 0.6}, marks=SLOW)])
 @pytest.mark.parametrize(
-    "rounding",
-    [{}, *(pytest.param(each, marks=SLOW) for each in ({"symmetric": False}, {"bits": 8, "refinement": 0}))],
+    ("method", "rounding"),
+    [
+        ("gptq", {}),
+        pytest.param("gptq", {"symmetric": False}, marks=SLOW),
+        pytest.param("gptq", {"bits": 8, "refinement": 0}, marks=SLOW),
+        ("autoround", {"bits": 2, "iterations": 8, "rate": 0.1}),
+        pytest.param("autoround", {"symmetric": False, "iterations": 8, "rate": 0.1}, marks=SLOW),
+        pytest.param("autoround", {"iterations": 8, "start": "nearest", "descent": "scaled"}, marks=SLOW),
+    ],
 )
-def test_zeros_survive_gptq(options: dict[str, Any], rounding: dict[str, Any], tmp_path: Path) -> None:
+def test_zeros_survive_rounding(
+    method: str, options: dict[str, Any], rounding: dict[str, Any], tmp_path: Path
+) -> None:
     source = models_zoo.write("llama", tmp_path)
     pruned = prune(source, tmp_path / "pruned", **options)
-    rounded = apply("quantize.gptq", pruned.path, tmp_path / "rounded", group_size=16, **rounding)
+    rounded = apply(f"quantize.{method}", pruned.path, tmp_path / "rounded", group_size=16, **rounding)
     model = transformers.LlamaForCausalLM.from_pretrained(rounded.path)
     with torch.no_grad():
         # Its first forward pass makes it dense.

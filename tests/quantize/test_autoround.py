@@ -205,6 +205,27 @@ def test_the_start_by_feedback_is_that_of_gptq() -> None:
     assert torch.equal(first.scale, second.scale)
 
 
+@pytest.mark.parametrize("start", ["feedback", "nearest"])
+def test_zeros_of_a_pruned_matrix_stay_zero(start: Any) -> None:
+    layers = problem((12, 32))
+    member = layers.members[0]
+    pruned = torch.rand(12, 32, generator=torch.Generator().manual_seed(7)) < 0.5
+    layers.put(member, layers.weight(member).masked_fill(pruned, 0))
+    weight, hessian = layers.weight(member).clone(), Hessian(32)
+    hessian.add(layers._inputs[0])
+    moved = []
+    for keep in (True, False):
+        method = AutoRound(bits=2, group_size=8, start=start, iterations=40, rate=0.05, keep_zeros=keep)
+        first = method.round(weight.clone(), hessian, method.scheme_for("layer"), torch.bfloat16).quantized
+        layers.put(member, weight)
+        found = method.round_together({member: first}, layers)[member]
+        moved.append(bool(found.quantized.dequantize()[pruned].any()))
+        assert found.notes["step"] > 0
+        assert float(found.notes["block_error"]) < float(found.notes["block_error_before"])
+    # Of the nearest integers those of zeros are zero anyway.
+    assert moved == [False, start == "feedback"]
+
+
 def test_it_is_never_worse_than_its_start_on_all_batches() -> None:
     """Rates so large that every step is a leap: the start stays."""
     layers = problem((12, 32), batches=4)

@@ -12,8 +12,10 @@ from compress.core.errors import PlanError
 from compress.core.run import Run
 from compress.models.checkpoint import Checkpoint
 from compress.models.load import skeleton
-from compress.sweep.depth_choice import best_window, dispensable, ranked, starts, window
-from compress.sweep.depth_plan import DepthPlan, Size, disk_names, one_by_one, plan_depth
+from compress.sweep.depth_choice import best_windows, dispensable, ranked, windows
+from compress.sweep.depth_names import disk_names
+from compress.sweep.depth_plan import DepthPlan, one_by_one, plan_depth
+from compress.sweep.depth_stacks import Size
 from tests import models_zoo
 
 
@@ -28,13 +30,6 @@ def five_layers(folder: Path, **options: Any) -> Path:
         setattr(config, key, value)
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "five")
     return folder / "five"
-
-
-def test_the_share_is_rounded_and_a_number_counts_more() -> None:
-    assert Size(0.75).stay(32) == 24
-    assert Size(0.75).stay(6) == 4
-    assert Size(0.01).stay(6) == 1
-    assert Size(0.75, 5).stay(6) == 5
 
 
 @pytest.mark.parametrize(
@@ -91,7 +86,8 @@ def test_a_first_block_of_another_build_stays_the_first(tmp_path: Path) -> None:
     assert plan.fits((1,))
     assert plan.fits((2,))
     assert dispensable({0: 0.1, 1: 0.3, 2: 0.2}, plan) == (2,)
-    assert best_window({0: 0.1, 1: 0.3, 2: 0.2}, plan) == (2,)
+    assert best_windows({0: 0.1, 1: 0.3, 2: 0.2}, plan) == (2,)
+    assert plan.held() == {"layers.0": "it has no attn_norm.weight"}
 
 
 def test_experts_in_some_blocks_only_are_renumbered(tmp_path: Path) -> None:
@@ -137,9 +133,10 @@ def test_blocks_go_in_the_order_of_what_they_do_and_later_ones_first(tmp_path: P
     measured = {0: 0.9, 1: 0.1, 2: 0.5, 3: 0.2, 4: 0.8}
     assert dispensable(measured, plan) == (1, 3)
     assert one_by_one(plan, ranked(measured)) == (1, 3)
-    assert list(starts(plan)) == [0, 1, 2, 3]
-    assert window(plan, 3) == (3, 4)
-    assert best_window({0: 0.3, 1: 0.2, 2: 0.1, 3: 0.4}, plan) == (2, 3)
+    assert windows(plan) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert best_windows({0: 0.3, 1: 0.2, 2: 0.1, 3: 0.4}, plan) == (2, 3)
+    assert plan.words((0, 1, 4)) == "0-1 4"
+    assert plan.held() == {}
 
 
 def test_one_block_cannot_go_and_neither_can_none(tmp_path: Path) -> None:
@@ -151,13 +148,72 @@ def test_one_block_cannot_go_and_neither_can_none(tmp_path: Path) -> None:
         plan_of("llama", tmp_path, Size(0.5, 7))
 
 
-def test_several_stacks_are_refused(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3}
-    config = transformers.T5Config(**options, num_heads=4)
-    config.decoder_start_token_id = 0
-    transformers.T5Model(config).save_pretrained(tmp_path / "t5")
-    with pytest.raises(PlanError, match="several stacks"):
-        plan_depth(Size(0.7), Artifact.open(tmp_path / "t5"), Run(task="feature-extraction"))
+@pytest.mark.parametrize(
+    ("name", "kept", "fields"),
+    [
+        ("t5", (0, 2, 3, 4), {"num_layers": 2, "num_decoder_layers": 2}),
+        ("t5", (0, 3, 4, 5), {"num_layers": 1, "num_decoder_layers": 3}),
+        ("t5-gated", (0, 2, 4), {"num_layers": 2, "num_decoder_layers": 1}),
+        ("umt5", (1, 2, 4), {"num_layers": 2, "num_decoder_layers": 1}),
+        ("bart", (1, 3, 5, 6), {"encoder_layers": 2, "decoder_layers": 2}),
+        ("mbart", (0, 1, 2, 3, 7), {"encoder_layers": 4, "decoder_layers": 1}),
+    ],
+)
+def test_each_stack_has_a_number_of_its_own(
+    name: str, kept: tuple[int, ...], fields: dict[str, int], tmp_path: Path
+) -> None:
+    source = Artifact.open(models_zoo.write(name, tmp_path))
+    config = plan_depth(Size(0.7, 1), source, Run()).config(kept)
+    assert config is not None
+    assert {name: config[name] for name in fields} == fields
+    changed = {name for name, value in config.items() if source.config.get(name) != value}
+    assert changed <= set(fields)
+
+
+def test_a_number_that_a_class_takes_from_the_other_stack_is_written_out(tmp_path: Path) -> None:
+    folder = models_zoo.write("t5", tmp_path)
+    file = folder / "config.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    del document["num_decoder_layers"]
+    file.write_text(json.dumps(document), encoding="utf-8")
+    config = plan_depth(Size(0.7, (2, 3)), Artifact.open(folder), Run()).config((0, 2, 3, 4, 5))
+    assert config is not None
+    assert (config["num_layers"], config["num_decoder_layers"]) == (2, 3)
+
+
+def test_blocks_go_from_their_own_stack(tmp_path: Path) -> None:
+    plan = plan_depth(Size(0.7, (2, 2)), Artifact.open(models_zoo.write("bart", tmp_path)), Run())
+    assert [(stack.path, stack.size, stack.stay) for stack in plan.stacks] == [
+        ("model.encoder.layers", 4, 2),
+        ("model.decoder.layers", 3, 2),
+    ]
+    # All blocks of the encoder do less than any of the decoder.
+    measured = {0: 0.1, 1: 0.4, 2: 0.2, 3: 0.3, 4: 0.8, 5: 0.9, 6: 0.7}
+    assert dispensable(measured, plan) == (0, 2, 6)
+    assert one_by_one(plan, ranked(measured)) == (0, 2, 6)
+    assert windows(plan) == [(0, 1), (1, 2), (2, 3), (4,), (5,), (6,)]
+    assert best_windows({0: 0.5, 1: 0.9, 2: 0.3, 4: 0.2, 5: 0.1, 6: 0.4}, plan) == (2, 3, 5)
+    assert plan.words((2, 3, 5)) == "model.encoder.layers 2-3, model.decoder.layers 1"
+    assert plan.words((5,)) == "model.decoder.layers 1"
+    assert plan.held() == {}
+
+
+def test_the_block_with_the_bias_of_its_stack_stays(tmp_path: Path) -> None:
+    plan = plan_depth(Size(0.7, 2), Artifact.open(models_zoo.write("t5", tmp_path)), Run())
+    why = "it alone has layer.0.SelfAttention.relative_attention_bias.weight"
+    assert plan.held() == {"encoder.block.0": why, "decoder.block.0": why}
+    assert not plan.fits((0, 4))
+    assert not plan.fits((1, 3))
+    assert dispensable({0: 0.1, 1: 0.3, 2: 0.2, 3: 0.1, 4: 0.2, 5: 0.3}, plan) == (2, 4)
+    assert best_windows({0: 0.1, 1: 0.3, 2: 0.2, 3: 0.1, 4: 0.2, 5: 0.3}, plan) == (2, 4)
+
+
+def test_one_block_in_each_stack_cannot_go(tmp_path: Path) -> None:
+    config = models_zoo.configuration("t5")
+    config.num_layers = config.num_decoder_layers = 1
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    with pytest.raises(PlanError, match="T5ForConditionalGeneration has one block in each of its 2 stacks"):
+        plan_depth(Size(0.5), Artifact.open(tmp_path / "t5"), Run())
 
 
 def test_settings_that_depend_on_the_place_keep_a_block_where_it_is(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def encoder_decoder(folder: Path) -> Path:
 
 def test_both_stacks_of_an_encoder_decoder_are_measured(tmp_path: Path, run: Run) -> None:
     source = encoder_decoder(tmp_path)
-    found = measure_importance(Artifact.open(source), run, loss=False)
+    found = measure_importance(Artifact.open(source), run)
     model = loaded(source)
     seen: list[torch.Tensor] = []
     for block in find_blocks(model):
@@ -142,6 +142,12 @@ def test_both_stacks_of_an_encoder_decoder_are_measured(tmp_path: Path, run: Run
     for block, before, after in zip(found.blocks, seen[::2], seen[1::2], strict=True):
         expected = 1 - torch.nn.functional.cosine_similarity(before, after, dim=-1).mean()
         assert block.influence == pytest.approx(float(expected), rel=1e-3, abs=1e-5)
+    assert found.loss == pytest.approx(0.0, abs=1e-6)
+    wanted = outputs(loaded(source), tokens())
+    for number, block in enumerate(found.blocks):
+        vectors = outputs(without(loaded(source), [number]), tokens())
+        lost = 1 - torch.nn.functional.cosine_similarity(vectors, wanted, dim=-1).mean()
+        assert block.loss == pytest.approx(float(lost), rel=1e-3, abs=1e-6)
     # Attention to itself, attention to the encoder, and the MLP.
     assert [part.kind for part in found.parts].count("channels") == 4
     assert [part.kind for part in found.parts].count("heads") >= 4
@@ -156,8 +162,6 @@ def test_experts_are_named_with_the_reason(tmp_path: Path, run: Run) -> None:
 def test_what_cannot_be_measured_is_refused(tmp_path: Path, run: Run) -> None:
     with pytest.raises(PlanError, match="gradients are those of the next token's loss"):
         measured("bert", tmp_path, run, taylor=True)
-    with pytest.raises(PlanError, match="has an encoder and a decoder"):
-        measure_importance(Artifact.open(encoder_decoder(tmp_path)), run)
     with pytest.raises(PlanError, match="measured on calibration text"):
         measure_importance(Artifact.open(tmp_path / "bert"), Run())
 
