@@ -187,9 +187,9 @@ class Trials:
             way = (low + high) / 2
             mlp, heads, hidden, components = (max(1 - way * each, _LEAST) for each in direction)
             trial = Trial(blocks, direction, (mlp, heads, hidden, components), 0.0)
-            cost = self._planned_cost(trial)
-            if cost is not None and self._fits(cost):
-                found, high = replace(trial, cost=cost), way
+            planned = self._planned_cost(trial)
+            if planned is not None and self._fits(planned):
+                found, high = replace(trial, cost=planned), way
             else:
                 low = way
         if found is None or not found.slices:
