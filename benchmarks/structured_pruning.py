@@ -43,6 +43,8 @@ SHARED: Final = Path(os.environ.get("COMPRESS_SHARED", REPOSITORY.parent / "shar
 SHARES: Final = (0.75, 0.5)
 BUDGET: Final = "budget"
 WHOLE: Final = "as it is"
+AGAIN: Final = "as it is, once more"
+RATES: Final = ("decode.tokens_per_second", "prefill.tokens_per_second")
 MARGIN: Final = 1.02
 _HALVINGS: Final = 6
 
@@ -309,37 +311,55 @@ def verdicts(found: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def speeds(subject: Subject, found: Sequence[Cell], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Decode and prefill of every model that was made, against the model as it is."""
+    """Decode and prefill of every shape that was made, against the model as it is."""
     source = resolve(subject.model)
     work = arguments.work / subject.name
-    # A repair changes values and no shape.
-    folders = {
-        str((work / f"{cell.share:.0%}" / folder_name(cell.method, False)).resolve()): cell
-        for cell in found
-        if cell.subject == subject.name and cell.loss is not None and cell.share < 1 and not cell.repair
-    }
+    # A repair changes values and no shape, and methods that come to the same shape are as fast.
+    shapes: dict[str, tuple[Path, list[Cell]]] = {}
+    for cell in found:
+        if cell.subject == subject.name and cell.loss is not None and cell.share < 1 and not cell.repair:
+            folder = work / f"{cell.share:.0%}" / folder_name(cell.method, False)
+            shapes.setdefault((folder / "config.json").read_text(), (folder, []))[1].append(cell)
+    cells_at = {str(folder.resolve()): cells for folder, cells in shapes.values()}
     rows = []
     for runtime in ("torch-eager", "onnxruntime"):
-        options = Bench(runtimes=(runtime,), threads=arguments.threads, tokens=2_560, window=256, budget=0)
+        options = Bench(
+            runtimes=(runtime,),
+            threads=arguments.threads,
+            tokens=2_560,
+            window=256,
+            budget=0,
+            launches=arguments.launches,
+            launch_seconds=2.0,
+        )
         results = compare(
             source,
-            [Path(folder) for folder in folders],
+            [folder for folder, _ in shapes.values()],
             work / "bench" / runtime,
             subject.text,
             options=options,
         )
-        base = next(arm for arm in results.arms if str(Path(arm.path).resolve()) not in folders)
+        ratios = {(one.after, one.metric): one.ratio for one in results.comparisons}
         for arm in results.arms:
-            match = folders.get(str(Path(arm.path).resolve()))
-            if match is None:
+            if arm.role == "before":
                 continue
-            row: dict[str, Any] = {**asdict(match), "runtime": runtime}
-            for metric in ("decode.tokens_per_second", "prefill.tokens_per_second"):
-                before, after = base.measurements.get(metric), arm.measurements.get(metric)
-                if before is not None and after is not None and before.value and after.value:
-                    row[metric] = after.value / before.value
-            rows.append(row)
+            cells = cells_at.get(str(Path(arm.path).resolve()), [])
+            row: dict[str, Any] = {"runtime": runtime}
+            for metric in RATES:
+                if (ratio := ratios.get((arm.name, metric))) is not None:
+                    row[metric] = [ratio.low, ratio.point, ratio.high]
+            if arm.role == "again":
+                rows.append({"subject": subject.name, "share": 1.0, "method": AGAIN, "predicted": 1.0, **row})
+            rows += [{**asdict(cell), **row} for cell in cells]
     return rows
+
+
+def multiple(bounds: Sequence[float | None] | None) -> str:
+    """A ratio with its bounds."""
+    if bounds is None:
+        return ""
+    low, point, high = bounds
+    return f"{point:.2f}x" if low is None or high is None else f"{point:.2f}x [{low:.2f}, {high:.2f}]"
 
 
 def render(document: Mapping[str, Any]) -> str:
@@ -389,16 +409,14 @@ def render(document: Mapping[str, Any]) -> str:
             "",
             "## Speed, predicted and measured",
             "",
-            "Multiples of the model as it is, by `compress bench`, without repair (which changes no shape).",
+            "Multiples of the model as it is, by `compress bench`, with one-sided 95% bounds, without repair "
+            "(which changes no shape). Methods that come to the same shape were measured once.",
             "",
             "| model | body | method | runtime | predicted decode | decode | prefill |",
             "|---|---:|---|---|---:|---:|---:|",
         ]
         for row in document["speeds"]:
-            measured = (
-                f"{row[metric]:.2f}x" if metric in row else ""
-                for metric in ("decode.tokens_per_second", "prefill.tokens_per_second")
-            )
+            measured = (multiple(row.get(metric)) for metric in RATES)
             lines.append(
                 f"| {row['subject']} | {row['share']:.0%} | {row['method']} | {row['runtime']} "
                 f"| {row['predicted']:.2f}x | {' | '.join(measured)} |"
@@ -417,6 +435,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the report")
     parser.add_argument("--speed", action="store_true", help="time the models that are there")
+    parser.add_argument("--launches", type=int, default=3, help="timed processes of each, with --speed")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "runs/structured_pruning")
     parser.add_argument("--report", type=Path, default=REPOSITORY / "reports/structured_pruning")
     arguments = parser.parse_args()
