@@ -11,6 +11,7 @@ from compress.models.fold_search import find_folds
 from compress.models.folds import Fold, Folds, Rescaling
 from compress.models.load import skeleton
 from tests import models_zoo
+from tests.marks import slow_but
 from tests.prune.test_width import write
 from tests.transform.test_smoothquant import loaded, outputs
 
@@ -79,7 +80,13 @@ def put(model: Any, folds: tuple[Fold, ...], seed: int = 0) -> None:
             parameter.copy_(change.of(parameter))
 
 
-@pytest.mark.parametrize("name", [*models_zoo.CONFIGURATIONS, "distilbert", "phi3"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ("llama", "gemma2", "gpt2", "opt", "mixtral", "bert"),
+        [*models_zoo.CONFIGURATIONS, "distilbert", "phi3"],
+    ),
+)
 def test_random_factors_leave_the_function_as_it_is(name: str, tmp_path: Path) -> None:
     folder = write(name, tmp_path)
     found = found_in(folder)
@@ -98,7 +105,7 @@ def test_random_factors_leave_the_function_as_it_is(name: str, tmp_path: Path) -
             assert here == KNOWN[name]
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "opt"])
+@pytest.mark.parametrize("name", slow_but(("phi3",), ("llama", "phi3", "opt")))
 def test_it_is_exact_where_the_model_computes_in_double_precision(name: str, tmp_path: Path) -> None:
     folder = write(name, tmp_path)
     model = loaded(folder, torch.float64)

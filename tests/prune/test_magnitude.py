@@ -18,6 +18,7 @@ from compress.numerics.masks import whole
 from compress.prune.magnitude import Magnitude
 from tests import models_zoo
 from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.marks import slow_but
 
 
 def prune(source: Path, out: Path, reporter: Any = None, **options: Any) -> Artifact:
@@ -87,10 +88,13 @@ def test_the_smallest_of_a_row_or_a_matrix_go(
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        *[(name, torch.float32) for name in ("llama", "gpt2", "bert", "qwen2-moe")],
-        *[(name, torch.bfloat16) for name in ("llama", "mixtral", "gpt2")],
-    ],
+    slow_but(
+        [("gpt2", torch.float32), ("llama", torch.bfloat16), ("mixtral", torch.bfloat16)],
+        [
+            *[(name, torch.float32) for name in ("llama", "gpt2", "bert", "qwen2-moe")],
+            *[(name, torch.bfloat16) for name in ("llama", "mixtral", "gpt2")],
+        ],
+    ),
 )
 def test_one_threshold_for_the_whole_model(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     source = models_zoo.write(name, tmp_path, dtype=dtype)

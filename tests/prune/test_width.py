@@ -20,6 +20,7 @@ from compress.prune.width import Width
 from compress.sweep import narrowing
 from tests import models_zoo
 from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.marks import slow_but
 
 SAMPLES, LENGTH = 6, 16
 
@@ -127,7 +128,13 @@ def outputs(model: Any) -> torch.Tensor:
     return result[0]
 
 
-@pytest.mark.parametrize("name", [*LOSE_HEADS, *KEEP_HEADS, "albert", "qwen2-sliding", "gemma3"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ("llama", "gemma2", "gpt2", "bert", "albert"),
+        [*LOSE_HEADS, *KEEP_HEADS, "albert", "qwen2-sliding", "gemma3"],
+    ),
+)
 def test_it_computes_what_the_big_model_does_without_its_channels(name: str, tmp_path: Path) -> None:
     source, recorder = write(name, tmp_path), Recorder()
     out = prune(source, tmp_path / "out", recorder, keep=0.5)

@@ -15,6 +15,7 @@ from compress.core.errors import EnvironmentFault, PlanError, UsageError, Verifi
 from compress.core.run import Run
 from compress.sweep.verification import verify_weights
 from tests import models_zoo
+from tests.marks import slow_but
 
 FORMS: dict[str, dict[str, Any]] = {
     "bnb_nf4": {
@@ -33,7 +34,7 @@ def made(method: str, model: Path, out: Path, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("method", FORMS)
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "opt", "bert"])
+@pytest.mark.parametrize("name", slow_but(("llama", "bert"), ("llama", "qwen3", "gemma2", "opt", "bert")))
 def test_the_bytes_are_those_of_transformers(method: str, name: str, tmp_path: Path) -> None:
     model = models_zoo.write(name, tmp_path, dtype=torch.bfloat16)
     ours = made(method, model, tmp_path / "ours")

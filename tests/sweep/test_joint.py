@@ -25,6 +25,7 @@ from compress.sweep.sweep import Sweep
 from compress.sweep.treatment import Replacement, Treated
 from tests import models_zoo
 from tests.dummies import Recorder
+from tests.marks import slow_but
 from tests.sweep.dense import Dense, DenseTreatment
 
 CPU = torch.device("cpu")
@@ -135,9 +136,10 @@ def states(folder: Path, name: str) -> list[torch.Tensor]:
 
 
 NAMES = ["llama", "qwen2-sliding", "gemma3", "mixtral", "bert", "opt"]
+STANDING_FOR_OTHERS = ("qwen2-sliding", "mixtral", "bert")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(STANDING_FOR_OTHERS, NAMES))
 def test_the_matrices_of_a_block_are_treated_together_after_each_was_alone(name: str, tmp_path: Path) -> None:
     look = Look()
     outcome, target, recorder = swept(name, tmp_path, look)
@@ -153,7 +155,7 @@ def test_the_matrices_of_a_block_are_treated_together_after_each_was_alone(name:
     assert recorder.count("block.joint") == 3 == len(look.slopes)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(STANDING_FOR_OTHERS, NAMES))
 def test_gradients_are_those_of_the_error(name: str, tmp_path: Path) -> None:
     look = Look()
     swept(name, tmp_path, look)
@@ -161,7 +163,7 @@ def test_gradients_are_those_of_the_error(name: str, tmp_path: Path) -> None:
         assert found == pytest.approx(expected, rel=0.03, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "gemma3", "bert"])
+@pytest.mark.parametrize("name", slow_but(("gemma3", "bert"), ("llama", "qwen2-sliding", "gemma3", "bert")))
 def test_a_block_is_held_to_the_original_on_the_original_activations(name: str, tmp_path: Path) -> None:
     """With the source's weights in block k, the error is how far the blocks before it led away."""
     look = Look()

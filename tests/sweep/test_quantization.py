@@ -18,6 +18,7 @@ from compress.quantize.rtn import Rtn
 from compress.sweep.rounder import Override
 from compress.sweep.verification import Verified, verify_weights
 from tests import models_zoo
+from tests.marks import slow_but
 
 REFUSED = (*models_zoo.WITHOUT_LINEAR_LAYERS, "gpt-oss")
 
@@ -49,7 +50,13 @@ def _architecture(folder: Path) -> str:
     return str(Artifact.open(folder).config["architectures"][0]).replace("LMHeadModel", "ForCausalLM")
 
 
-@pytest.mark.parametrize("name", [name for name in models_zoo.CONFIGURATIONS if name not in REFUSED])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ("llama", "gemma2", "mixtral", "bert"),
+        [name for name in models_zoo.CONFIGURATIONS if name not in REFUSED],
+    ),
+)
 def test_rounded_weights_load_in_stock_transformers(name: str, tmp_path: Path) -> None:
     source = Artifact.open(models_zoo.write(name, tmp_path))
     outcome, verified = apply(Rtn(bits=8, group_size=16), source, tmp_path / "out")
@@ -89,7 +96,7 @@ def test_experts_that_transformers_would_not_load_are_refused_when_it_is_planned
         Rtn(group_size=16, ignore=("*.experts",)).check(source, Run())
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe"])
+@pytest.mark.parametrize("name", slow_but(("mixtral",), ("mixtral", "qwen2-moe", "qwen3-moe")))
 def test_fused_experts_are_compressed_as_experts(name: str, tmp_path: Path) -> None:
     source = Artifact.open(models_zoo.write(name, tmp_path))
     outcome, _ = apply(Rtn(group_size=16), source, tmp_path / "out")
@@ -235,7 +242,10 @@ def stored(artifact: Artifact) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [*(("llama", options) for options in SMALL), ("bert", SMALL[1])],
+    slow_but(
+        [("llama", SMALL[number]) for number in (0, 3, 4, 6)],
+        [*(("llama", options) for options in SMALL), ("bert", SMALL[1])],
+    ),
     ids=lambda value: value if isinstance(value, str) else "-".join(value.values()),
 )
 def test_small_numbers_load_in_stock_transformers(name: str, options: dict[str, Any], tmp_path: Path) -> None:
