@@ -16,51 +16,15 @@ from compress.cli import app
 from compress.core.artifact import RUN_FILE, TRAINING_FILE, Artifact, Lineage
 from compress.core.errors import CompressError, DataError, ModelError, PlanError
 from compress.core.recipe import Recipe
-from tests import models_zoo, quantized_models
+from tests import models_zoo, quantized_models, teacher_and_student
 from tests.dummies import Nudge, Recorder, register
-
-SMALL: dict[str, Any] = {
-    "window": 16,
-    "batch": 4,
-    "learning_rate": 3e-3,
-    "evaluation_tokens": 128,
-    "precision": "float32",
-}
+from tests.teacher_and_student import recipe
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, a student of another size and its text, all over one vocabulary of characters."""
-    folder = tmp_path_factory.mktemp("place")
-    for name, layers, seed in (("teacher", 3, 1), ("student", 2, 2)):
-        config = models_zoo.configuration("llama-tied")
-        config.num_hidden_layers = layers
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.add_(torch.randn_like(weight) * 0.05)
-        model.save_pretrained(folder / name)
-        quantized_models.add_tokenizer(folder / name, models_zoo.VOCABULARY)
-    characters = models_zoo.tokens(1, 4000, seed=5)[0].tolist()
-    (folder / "text.txt").write_text("".join(chr(29 + number) for number in characters).replace(" ", "x"))
-    return folder
-
-
-def recipe(
-    place: Path, *, teacher: str | None = None, data: dict[str, Any] | None = None, **options: Any
-) -> Recipe:
-    step = {"use": "distill.logits", "tokens": 1_280, **SMALL, **options}
-    step["teacher"] = str(place / "teacher") if teacher is None else teacher
-    return Recipe.of(
-        {
-            "model": str(place / "student"),
-            "threads": 1,
-            "device": "cpu",
-            "data": {"train": str(place / "text.txt")} if data is None else data,
-            "steps": [step],
-        }
-    )
+    return teacher_and_student.write(tmp_path_factory.mktemp("place"))
 
 
 def lineage_of(folder: Path) -> Lineage:

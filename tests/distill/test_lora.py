@@ -13,7 +13,7 @@ from compress import engine
 from compress.core.artifact import ADAPTER_FOLDER, RUN_FILE, Artifact, Lineage
 from compress.core.errors import EnvironmentFault, PlanError
 from compress.core.recipe import Recipe
-from tests import models_zoo, packed_models, quantized_models
+from tests import models_zoo, packed_models, quantized_models, teacher_and_student
 
 pytest.importorskip("peft", reason="adapters need the extra compress-models[peft]")
 
@@ -27,8 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("student", "teacher"):
         quantized_models.add_tokenizer(folder / name, models_zoo.VOCABULARY)
     packed_models.integers(folder / "student", folder / "integers", bits=4)
-    characters = models_zoo.tokens(1, 4000, seed=5)[0].tolist()
-    (folder / "text.txt").write_text("".join(chr(29 + number) for number in characters).replace(" ", "x"))
+    teacher_and_student.write_text(folder)
     return folder
 
 

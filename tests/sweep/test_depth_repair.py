@@ -14,19 +14,10 @@ from compress.prune.depth import Depth
 from compress.sweep import shortening
 from compress.sweep.depth_choice import Judgement
 from tests import models_zoo
-from tests.depth_models import (
-    LENGTH,
-    calibration,
-    decisions,
-    five_layers,
-    going,
-    loaded,
-    outputs,
-    prune,
-    tensors,
-)
+from tests.depth_models import five_layers, going, prune
 from tests.dummies import Recorder
 from tests.marks import slow_but
+from tests.single_steps import LENGTH, calibration, decisions, loaded, outputs, tensors
 
 REPAIRED = ("llama", "gpt2", "gpt-neox", "phi", "opt", "qwen2-sliding")
 

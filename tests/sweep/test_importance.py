@@ -16,8 +16,9 @@ from compress.models.blocks import find_blocks
 from compress.sweep import importance
 from compress.sweep.importance import Importance, measure_importance
 from tests import models_zoo
-from tests.depth_models import LENGTH, SAMPLES, loaded, outputs, without
+from tests.depth_models import without
 from tests.marks import slow_but
+from tests.single_steps import LENGTH, SAMPLES, loaded, outputs
 
 
 @pytest.fixture
