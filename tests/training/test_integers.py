@@ -1,5 +1,6 @@
 """A student of integers computes what its artifact computes, and is written back in its own format."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from compress.training import checkpoints, integers
 from compress.training.student import Student
 from compress.training.trainer import Trainer
 from tests import models_zoo, packed_models, quantized_models
+from tests.marks import slow_but
 
 KINDS: dict[str, dict[str, Any]] = {
     "int3": {"bits": 3, "group": 32},
@@ -59,8 +61,13 @@ def held(source: Artifact, target: Path, student: Student) -> dict[str, torch.Te
     return tensors_of(target)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "learns"),
+    slow_but(
+        [("int3", True), ("int4-asymmetric", False), ("int8", True), ("with the head", False)],
+        itertools.product(KINDS, (False, True)),
+    ),
+)
 def test_it_computes_what_the_artifact_stands_for(kind: str, learns: bool, tmp_path: Path) -> None:
     source = stored(tmp_path, kind)
     student = Student(source, Run(), scales=learns)
@@ -75,13 +82,27 @@ def test_it_computes_what_the_artifact_stands_for(kind: str, learns: bool, tmp_p
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    slow_but(
+        [
+            ("int3", "gptq"),
+            ("int4-rows", "compressed-tensors"),
+            ("int4-asymmetric", "gptq"),
+            ("int8", "compressed-tensors"),
+            ("with the head", "compressed-tensors"),
+        ],
+        # The exporter of GPTQ checkpoints leaves the head in floats.
+        [
+            case
+            for case in itertools.product(KINDS, ("compressed-tensors", "gptq"))
+            if case != ("with the head", "gptq")
+        ],
+    ),
+)
 def test_trained_integers_are_written_in_their_own_format(kind: str, form: str, tmp_path: Path) -> None:
     source = stored(tmp_path, kind)
     if form == "gptq":
-        if kind == "with the head":
-            pytest.skip("this exporter leaves the head in floats")
         source = gptq(source, tmp_path / "gptq")
     student = Student(source, Run(), scales=True)
     tokens = models_zoo.tokens(4, 16)
