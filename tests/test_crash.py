@@ -65,7 +65,8 @@ def gptq(tmp_path_factory: pytest.TempPathFactory) -> Crashing:
     folder = tmp_path_factory.mktemp("gptq")
     text = ["--calibration", str(folder / "tokens.safetensors"), "--samples", "6", "--sequence-length", "16"]
     options = ["--group-size", "16", "--bits", "4", "--batch-size", "2", "--threads", "1", "--device", "cpu"]
-    return prepare(folder, "quantize", "gptq", *options, *text)
+    plain = ["--clip", "none", "--refinement", "0"]
+    return prepare(folder, "quantize", "gptq", *options, *plain, *text)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from compress.core.artifact import ADAPTER_FOLDER, RUN_FILE, Artifact, Lineage
 from compress.core.errors import EnvironmentFault, PlanError
 from compress.core.recipe import Recipe
 from tests import models_zoo, packed_models, quantized_models, teacher_and_student
+from tests.single_steps import tensors
 
 pytest.importorskip("peft", reason="adapters need the extra compress-models[peft]")
 
@@ -49,12 +50,6 @@ def recipe(place: Path, student: str = "student", **options: Any) -> Recipe:
             "steps": [step],
         }
     )
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder."""
-    shards = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
-    return {name: tensor for shard in shards for name, tensor in shard.items()}
 
 
 def decisions(folder: Path) -> Any:
@@ -141,7 +136,7 @@ def test_zeros_of_pruning_stay(place: Path, tmp_path: Path) -> None:
     made = recipe(place).model_copy(update={"model": str(tmp_path / "pruned")})
     engine.run(made, tmp_path / "out", single=True)
     name = "model.layers.0.mlp.up_proj.weight"
-    before, after = (weights_of(tmp_path / each)[name] for each in ("pruned", "out"))
+    before, after = (tensors(tmp_path / each)[name] for each in ("pruned", "out"))
     assert torch.equal(before == 0, after == 0)
     assert not torch.equal(before, after)
     assert decisions(tmp_path / "out")["zeros_kept"] > 0

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from compress import engine
-from compress.core.artifact import RUN_FILE, TRAINING_FILE
+from compress.core.artifact import TRAINING_FILE
 from compress.core.errors import EnvironmentFault
 from compress.core.recipe import Recipe
 from tests import kill_at, models_zoo
 from tests.dummies import Recorder
+from tests.single_steps import bytes_of
 
 STEPS = 7
 # Imported once into a process that never computes, from which every run is forked.
@@ -62,10 +63,6 @@ def run(place: Path, out: Path, log: Path, name: str = kill_at.ANY, number: int 
     if process.exitcode != (-signal.SIGKILL if number else 0):
         pytest.fail(log.with_suffix(".out").read_text())
     return [json.loads(line) for line in log.read_text().splitlines()]
-
-
-def bytes_of(out: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(out.iterdir()) if file.name != RUN_FILE}
 
 
 @pytest.fixture(scope="module")

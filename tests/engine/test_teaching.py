@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from compress import engine
 from compress.cli import app
-from compress.core.artifact import RUN_FILE, Artifact, Lineage
+from compress.core.artifact import Artifact, Lineage
 from compress.core.errors import CompressError, DataError, EnvironmentFault, PlanError, TargetError
 from compress.core.recipe import Recipe
 from compress.core.run import TrainingSource
@@ -20,6 +20,7 @@ from compress.training import teacher_writing
 from compress.training.cache_options import CacheOptions
 from tests import models_zoo, teacher_and_student
 from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.single_steps import bytes_of
 from tests.teacher_and_student import recipe
 
 OPTIONS = CacheOptions(tokens=1_280, window=16, evaluation_tokens=128, batch=4, precision="float32")
@@ -38,10 +39,6 @@ def cache(place: Path, out: Path, **changes: Any) -> engine.CachedTeacher:
     teacher = given.pop("teacher", place / "teacher")
     text = given.pop("text", place / "text.txt")
     return engine.cache_teacher(str(teacher), TrainingSource(str(text)), out, **given)
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name != RUN_FILE}
 
 
 def decisions(folder: Path) -> dict[str, Any]:
