@@ -77,7 +77,9 @@ def verify_weights(
         if source is not None:
             bare = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
             original = Checkpoint(source, bare)
-        return _Verification(model, Checkpoint(artifact, model, quantizer), lineage, run, original).run()
+        checkpoint = Checkpoint(artifact, model, quantizer)
+        with quiet():
+            return _Verification(model, checkpoint, lineage, run, original).run()
     except VerificationError:
         raise
     except CompressError as error:
