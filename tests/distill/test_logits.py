@@ -184,7 +184,7 @@ def test_training_flags_are_for_methods_that_train(capsys: pytest.CaptureFixture
     assert (printed.data.train, printed.data.validation) == ("t.txt", "v.txt")
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_quantized_artifact_can_teach(place: Path, tmp_path: Path, bits: int) -> None:
     quantized = engine.run(
         Recipe.of(

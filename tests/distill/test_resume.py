@@ -74,7 +74,7 @@ def whole(place: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("name", "number", "resumed"),
     [
-        ("training.step", 2, 0),
+        pytest.param("training.step", 2, 0, marks=pytest.mark.slow),
         ("checkpoint.finish", 1, 2),
         pytest.param("checkpoint.tensor", 50, 0, marks=pytest.mark.slow),
         pytest.param("training.step", 6, 4, marks=pytest.mark.slow),

@@ -137,7 +137,9 @@ def check_written(out: Artifact, source: Path) -> None:
         assert list(weight.shape) == [row["rows"], row["columns"]]
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.parametrize(
+    "name", slow_but(("gpt2", "opt", "gemma2", "bert", "mixtral", "gpt-oss", "t5"), sorted(REFUSED))
+)
 def test_what_cannot_be_sliced_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
     source = Artifact.open(models_zoo.write(name, tmp_path))
     run = Run(calibration=CalibrationSource(calibration(tmp_path)["calibration"]), task="auto")
@@ -198,10 +200,12 @@ def test_weights_are_those_of_the_formulas(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "got", "note"),
     [
-        ({"keep": 0.7, "multiple": 8}, 24, "24 is the nearest multiple of 8 to 22"),
+        pytest.param(
+            {"keep": 0.7, "multiple": 8}, 24, "24 is the nearest multiple of 8 to 22", marks=pytest.mark.slow
+        ),
         # Llama wants heads that divide the hidden size.
         ({"keep": 0.7, "multiple": 1}, 24, "the configuration class refuses 22: "),
-        ({"keep": 0.5}, 16, ""),
+        pytest.param({"keep": 0.5}, 16, "", marks=pytest.mark.slow),
     ],
 )
 def test_the_hidden_size_is_one_that_fits(
@@ -265,6 +269,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_bytes(
     assert again.count("block.resume") > 0
 
 
+@pytest.mark.slow
 def test_it_may_be_sliced_again_pruned_and_rounded(tmp_path: Path) -> None:
     source = models_zoo.write("llama", tmp_path)
     recipe = recipe_of("prune.slice", source, tmp_path, keep=0.75)

@@ -119,7 +119,9 @@ def test_heads_that_are_as_many_channels_have_to_be_asked_for_too(tmp_path: Path
     assert "--heads" in refused.value.hint
 
 
-@pytest.mark.parametrize("importance", ["activation", "taylor", "magnitude"])
+@pytest.mark.parametrize(
+    "importance", slow_but(("taylor", "magnitude"), ("activation", "taylor", "magnitude"))
+)
 def test_channels_of_the_stream_count_by_what_was_asked(importance: str, tmp_path: Path) -> None:
     source = models_zoo.write("llama", tmp_path)
     out = prune(source, tmp_path / "out", keep=0.5, hidden=0.5, multiple=8, importance=importance)

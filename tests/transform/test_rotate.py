@@ -174,6 +174,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_bytes(event: str, number: int,
     assert again.count("block.resume") + again.count("block.start") == 4
 
 
+@pytest.mark.slow
 def test_it_may_be_scaled_and_rounded_afterwards(tmp_path: Path) -> None:
     source = models_zoo.write("llama", tmp_path)
     recipe = {

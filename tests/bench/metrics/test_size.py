@@ -110,7 +110,7 @@ def test_parameters_of_bitsandbytes_are_those_of_the_model(
 @pytest.mark.parametrize(
     ("options", "bits"),
     [
-        ({"format": "fp8", "activations": "static"}, 8),
+        pytest.param({"format": "fp8", "activations": "static"}, 8, marks=pytest.mark.slow),
         ({"format": "nvfp4", "activations": "static"}, 4.5),
         ({"format": "mxfp4"}, 4.25),
     ],
