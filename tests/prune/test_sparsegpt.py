@@ -20,18 +20,11 @@ from compress.numerics.sparsification import sparsify
 from compress.prune.sparsegpt import SparseGpt
 from compress.sweep.zeros import Zeros
 from tests import models_zoo
-from tests.single_steps import (
-    LENGTH,
-    SAMPLES,
-    applied,
-    changed,
-    decisions,
-    killed_and_resumed,
-    recipe_of,
-    tensors,
-)
+from tests.single_steps import LENGTH, applied, changed, decisions, killed_and_resumed, recipe_of, tensors
 
-prune = partial(applied, "prune.sparsegpt")
+SAMPLES = 8
+"""With fewer the smallest differences of sums decide which weights go."""
+prune = partial(applied, "prune.sparsegpt", samples=SAMPLES)
 SLOW = pytest.mark.slow
 STAGES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
