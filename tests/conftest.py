@@ -1,6 +1,8 @@
 """Fixtures that every test may use."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,22 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Digests remembered by a test stay in its own cache, and the person's stay out of it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _own_answers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What is found in an architecture by code that a test has changed is found by that test alone."""
+    changes_code = "monkeypatch" in request.fixturenames
+    _forget_architectures(changes_code)
+    yield
+    _forget_architectures(changes_code)
+
+
+def _forget_architectures(wanted: bool) -> None:
+    if wanted and "compress.models.architecture" in sys.modules:
+        sys.modules["compress.models.architecture"].forget()

@@ -1,23 +1,21 @@
 """Graphs that several tests look at: an export takes seconds, so each is made once."""
 
+import os
 import shutil
-import tempfile
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
+from filelock import FileLock
 
 from compress.core.artifact import Artifact
-from compress.graph import building
+from compress.graph import building, parity
+from compress.graph.loading import load
 from compress.models.tasks import resolve
 from tests import models_zoo, quantized_models
-
-
-@cache
-def _root() -> "tempfile.TemporaryDirectory[str]":
-    return tempfile.TemporaryDirectory(prefix="exported-models-")
 
 
 @dataclass(frozen=True)
@@ -27,12 +25,17 @@ class Exported:
     Attributes:
         source: the transformers artifact.
         folder: with the graph.
-        meant: what it has to compute.
     """
 
     source: Artifact
     folder: Path
-    meant: building.Meant
+
+    @cached_property
+    def meant(self) -> building.Meant:
+        """What the graph has to compute."""
+        task = resolve("auto", self.source.config)
+        loaded = load(self.source, task)
+        return building.Meant(parity.reference(loaded.model, task), loaded.matrices, loaded.dense)
 
     def copy(self, target: Path) -> Path:
         """The graph again, free to be changed."""
@@ -40,15 +43,27 @@ class Exported:
         return target
 
 
-@cache
-def decoder() -> Exported:
-    """A tied decoder with grouped heads, its linear layers of 4 bits with zero points."""
-    root = Path(_root().name)
-    plain = models_zoo.write("llama-tied", root / "decoder")
-    source = quantized_models.write(
-        plain, root / "decoder-int4", bits=4, group=16, symmetric=False, leave=("lm_head", "o_proj")
-    )
-    return _built(Artifact.open(source), root / "decoder-graph")
+def decoder(folders: pytest.TempPathFactory) -> Exported:
+    """A tied decoder with grouped heads, its linear layers of 4 bits with zero points.
+
+    All workers of a test run share one.
+    """
+    root = folders.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    source, graph = root / "decoder-int4", root / "decoder-graph"
+    with FileLock(root / "decoder.lock"):
+        if not graph.is_dir():
+            plain = models_zoo.write("llama-tied", root / "decoder")
+            quantized_models.write(
+                plain, source, bits=4, group=16, symmetric=False, leave=("lm_head", "o_proj")
+            )
+            artifact = Artifact.open(source)
+            half = root / "decoder-graph.partial"
+            half.mkdir()
+            building.build(artifact, resolve("auto", artifact.config), half)
+            shutil.copyfile(source / "config.json", half / "config.json")
+            half.rename(graph)
+    return Exported(Artifact.open(source), graph)
 
 
 def classifier(folder: Path) -> Path:
@@ -62,10 +77,3 @@ def classifier(folder: Path) -> Path:
             parameter.add_(torch.randn_like(parameter) * 0.05)
     model.save_pretrained(folder)
     return quantized_models.add_tokenizer(folder, models_zoo.VOCABULARY)
-
-
-def _built(source: Artifact, folder: Path) -> Exported:
-    folder.mkdir()
-    meant = building.build(source, resolve("auto", source.config), folder)
-    (folder / "config.json").write_bytes((source.path / "config.json").read_bytes())
-    return Exported(source, folder, meant)

@@ -4,6 +4,9 @@ Shapes are small and odd on purpose: grouped heads, tied and untied heads, slidi
 with full attention, fused experts, matrices that are not linear layers.
 """
 
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ _DECODER: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_SHALLOW: dict[str, Any] = {**_DECODER, "num_hidden_layers": 2}
 _ALTERNATING = {
     "sliding_window": 4,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -143,29 +147,71 @@ ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Architectures with two stacks of blocks: with another number of them in each, or as many in both."""
+FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "distilbert": (
+        "DistilBert",
+        {
+            "vocab_size": VOCABULARY,
+            "dim": 32,
+            "n_heads": 4,
+            "hidden_dim": 64,
+            "n_layers": 2,
+            "max_position_embeddings": 64,
+        },
+    ),
+    "phi3": ("Phi3", _SHALLOW),
+    # Six query heads of eight are three of each group.
+    "qwen3-eight": ("Qwen3", {**_SHALLOW, "num_attention_heads": 8, "head_dim": 4}),
+    "gemma": ("Gemma", {**_SHALLOW, "head_dim": 8}),
+    "granite": (
+        "Granite",
+        {**_SHALLOW, "residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    ),
+    "granite-moe": ("GraniteMoe", {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "cohere": ("Cohere", _SHALLOW),
+    # Layer norms that add something, in front of layers without a bias.
+    "starcoder2": ("Starcoder2", {**_SHALLOW, "sliding_window": None}),
+    "nemotron": ("Nemotron", {**_SHALLOW, "head_dim": 8}),
+    # Norms behind attention and MLP, and one over all queries that is as wide as the hidden state.
+    "olmo2": ("Olmo2", _DECODER),
+    "t5-model": (
+        "T5",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "feed_forward_proj": "gated-gelu",
+        },
+    ),
+}
+"""Architectures that matter to a few methods alone."""
 ENCODERS = ("bert", "modernbert", "albert")
+_WITHOUT_HEAD = (*ENCODERS, "distilbert", "t5-model")
 MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss")
 WITHOUT_LINEAR_LAYERS = ("gpt2",)
 """Architectures whose blocks hold their matrices in something that compressed-tensors cannot hold."""
 
 
-def configuration(name: str) -> Any:
+def configuration(name: str, **changes: Any) -> Any:
     """The configuration of one architecture."""
-    family, options = (CONFIGURATIONS | ENCODER_DECODERS)[name]
-    options = dict(options)
+    family, options = (CONFIGURATIONS | FURTHER | ENCODER_DECODERS)[name]
+    options = {**options, **changes}
     if family == "GPT2":
         options |= {"bos_token_id": 1, "eos_token_id": 2}
     return getattr(transformers, f"{family}Config")(**options)
 
 
-def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A model with random weights."""
-    family, _ = (CONFIGURATIONS | ENCODER_DECODERS)[name]
-    usual = "Model" if name in ENCODERS else "ForCausalLM"
+def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A model with random weights; changes are to its configuration."""
+    family, _ = (CONFIGURATIONS | FURTHER | ENCODER_DECODERS)[name]
+    usual = "Model" if name in _WITHOUT_HEAD else "ForCausalLM"
     usual = "ForConditionalGeneration" if name in ENCODER_DECODERS else usual
     head = {"GPT2": "LMHeadModel"}.get(family, usual)
     torch.manual_seed(seed)
-    config = configuration(name)
+    config = configuration(name, **changes)
     model = getattr(transformers, family.removesuffix("Text") + head)(config).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -175,11 +221,27 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> An
     return model
 
 
-def write(name: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a random model as its users would have it, and return its folder."""
-    path = folder / name
-    build(name, seed=seed, dtype=dtype).save_pretrained(path)
+@cache
+def _root() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="models-zoo-")
+
+
+@cache
+def _written(name: str, seed: int, dtype: torch.dtype, **changes: Any) -> Path:
+    """The folder of a model that was written before: the same are asked for hundreds of times."""
+    path = Path(tempfile.mkdtemp(dir=_root().name)) / name
+    build(name, seed=seed, dtype=dtype, **changes).save_pretrained(path)
     return path
+
+
+def write(
+    name: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
+    """Write a random model as its users would have it, and return its folder, free to be changed."""
+    shutil.copytree(_written(name, seed, dtype, **changes), folder / name, dirs_exist_ok=True)
+    # Whether the model was made just now or before shows in no random number that follows.
+    torch.manual_seed(seed)
+    return folder / name
 
 
 def tokens(samples: int = 4, length: int = 16, seed: int = 0) -> torch.Tensor:

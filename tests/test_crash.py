@@ -1,6 +1,5 @@
 """A run that is killed resumes from the last finished block and ends with the same bytes."""
 
-import csv
 import json
 import multiprocessing
 import signal
@@ -10,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import save_file
-from transformers import LlamaForCausalLM
 
-from compress.core.artifact import LAYERS_FILE, RUN_FILE
 from tests import kill_at, models_zoo
+from tests.single_steps import bytes_of
 
 LAYERS = 4
 # Imported once into a process that never computes, from which every run is forked: fresh, and in no time.
@@ -58,10 +55,7 @@ class Crashing:
 
 
 def prepare(folder: Path, *method: str) -> Crashing:
-    config = models_zoo.configuration("llama")
-    config.num_hidden_layers = LAYERS
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    models_zoo.build("llama", num_hidden_layers=LAYERS).save_pretrained(folder / "model")
     save_file({"input_ids": models_zoo.tokens(6, 16)}, folder / "tokens.safetensors")
     return Crashing(folder, method)
 
@@ -71,7 +65,8 @@ def gptq(tmp_path_factory: pytest.TempPathFactory) -> Crashing:
     folder = tmp_path_factory.mktemp("gptq")
     text = ["--calibration", str(folder / "tokens.safetensors"), "--samples", "6", "--sequence-length", "16"]
     options = ["--group-size", "16", "--bits", "4", "--batch-size", "2", "--threads", "1", "--device", "cpu"]
-    return prepare(folder, "quantize", "gptq", *options, *text)
+    plain = ["--clip", "none", "--refinement", "0"]
+    return prepare(folder, "quantize", "gptq", *options, *plain, *text)
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +83,6 @@ def whole(gptq: Crashing) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
     code, events = gptq.run(out)
     assert code == 0
     return bytes_of(out), events
-
-
-def bytes_of(out: Path) -> dict[str, bytes]:
-    """All that must be the same: every file but the record of times and hosts; the table without seconds."""
-    found = {
-        str(file.relative_to(out)): file.read_bytes()
-        for file in sorted(out.rglob("*"))
-        if file.is_file() and file.name not in (RUN_FILE, LAYERS_FILE)
-    }
-    with (out / LAYERS_FILE).open(encoding="utf-8", newline="") as stream:
-        rows = [{key: row[key] for key in row if key != "seconds"} for row in csv.DictReader(stream)]
-    return {**found, LAYERS_FILE: json.dumps(rows).encode()}
 
 
 def finished(events: list[dict[str, Any]]) -> set[int]:

@@ -189,8 +189,9 @@ def _own_names() -> dict[str, str]:
     }
 
 
+@cache
 def _foreign_entries() -> dict[str, EntryPoint]:
-    """Names of other people's methods to their entry points."""
+    """Names of other people's methods to their entry points; every installed package is read for them."""
     return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
 
 

@@ -70,15 +70,15 @@ def _configuration(found: "Survey", source: "Artifact", run: "Run") -> dict[str,
     Where transformers cannot prepare a model with packed layers, it may still load it dequantized.
     """
     from compress.conversion import gptq
-    from compress.sweep.verification import prepared
+    from compress.sweep.verification import rehearse
 
     config = gptq.configuration(found)
     quantization = config["quantization_config"]
     try:
-        prepared(source, quantization, run)
+        rehearse(source, quantization, run)
     except PlanError:
         if quantization.get("dequantize") or len({layer.scheme for layer in found.layers}) > 1:
             raise
         quantization["dequantize"] = True
-        prepared(source, quantization, run)
+        rehearse(source, quantization, run)
     return config

@@ -25,6 +25,10 @@ def quiet() -> Iterator[None]:
     """
     bars = transformers.utils.logging.is_progress_bar_enabled()
     level = transformers.utils.logging.get_verbosity()
+    if not bars and level >= logging.ERROR:
+        # Inside another quiet block. A change of level makes every logger of the process forget its own.
+        yield
+        return
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity(logging.ERROR)
     try:

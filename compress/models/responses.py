@@ -10,7 +10,7 @@ seen by the parameter that a function is called with. What it reads is noted und
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -222,11 +222,11 @@ class _Others(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = list(_tensors((*args, *kwargs.values())))
-        without = [tensor for tensor in tensors if tensor.device.type == "meta"]
+        tensors = _tensors((*args, *kwargs.values()))
+        without = [tensor for tensor in tensors if tensor.is_meta]
         if not without:
             return func(*args, **kwargs)
-        values = [t for t in tensors if t.device.type != "meta" and t.is_floating_point()]
+        values = [t for t in tensors if not t.is_meta and t.is_floating_point()]
         if not values:
             return func(*args, **kwargs)
         moved = tree_map(
@@ -238,13 +238,15 @@ class _Others(TorchFunctionMode):
         return self._met(name, [value.clone() for value in values], like)
 
 
-def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+def _tensors(arguments: Iterable[Any]) -> list[torch.Tensor]:
     """All tensors among the arguments of a function, which may hold lists of them."""
+    found: list[torch.Tensor] = []
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
-            yield argument
-        elif isinstance(argument, list | tuple):
-            yield from _tensors(argument)
+            found.append(argument)
+        elif isinstance(argument, (list, tuple)):
+            found += _tensors(argument)
+    return found
 
 
 def fill(module: nn.Module, name: str) -> None:

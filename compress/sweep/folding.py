@@ -20,6 +20,7 @@ from compress.core.errors import CalibrationError, PlanError, VerificationError
 from compress.core.passes import Needs, Outcome
 from compress.core.patterns import matches_any
 from compress.core.run import Run
+from compress.models.architecture import found_in
 from compress.models.blocks import Block, Recording, Reentry, find_blocks, hidden_state
 from compress.models.checkpoint import Checkpoint
 from compress.models.fold_search import find_folds
@@ -82,8 +83,7 @@ def plan_folding(
         PlanError: nothing can be folded, or a layer cannot be served.
         UsageError: a pattern matches nothing.
     """
-    exact = skeleton(source, task=run.task, dtype=torch.float64, trust_remote_code=run.trust_remote_code)
-    found = find_folds(exact)
+    found = found_in(find_folds, source, run)
     unfolded = dict(found.unfolded)
     on_disk: dict[str, list[str]] = {}
     for name in checkpoint.names:

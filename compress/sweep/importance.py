@@ -23,10 +23,10 @@ from torch import nn
 from compress.core.artifact import Artifact
 from compress.core.errors import CalibrationError, PlanError
 from compress.core.run import Run
+from compress.models.architecture import found_in
 from compress.models.blocks import Block, Reentry
 from compress.models.channels import Channels, Kind, dissect
 from compress.models.checkpoint import Checkpoint
-from compress.models.load import skeleton
 from compress.models.tasks import TextGeneration, resolve
 from compress.numerics.masks import PartImportance
 from compress.numerics.similarity import Influence
@@ -106,7 +106,7 @@ def measure_importance(source: Artifact, run: Run, *, loss: bool = True, taylor:
         PlanError: the run has no calibration text, or what was asked for cannot be measured of this model.
     """
     _require(source, run, taylor=taylor)
-    anatomy = dissect(skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code))
+    anatomy = found_in(dissect, source, run, torch.float32)
     walk = _walk(source, run)
     influences, parts, tokens = _activations(walk, anatomy.channels)
     whole, measured = losses_alone(_walk(source, run)) if loss else (None, {})

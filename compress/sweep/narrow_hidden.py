@@ -16,6 +16,7 @@ import torch
 from compress.core.artifact import Artifact
 from compress.core.errors import PlanError
 from compress.core.run import Run
+from compress.models.architecture import found_in
 from compress.models.checkpoint import Checkpoint
 from compress.models.load import skeleton
 from compress.models.residual import Residual, find_residual
@@ -107,9 +108,7 @@ class HiddenSearch:
 
     def __init__(self, source: Artifact, run: Run, search: ConfigSearch) -> None:
         self._source, self._run, self._search = source, run, search
-        self.residual = find_residual(
-            skeleton(source, task=run.task, dtype=torch.float64, trust_remote_code=run.trust_remote_code)
-        )
+        self.residual = found_in(find_residual, source, run)
         self._model = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
         self._required = self._first_names(self.residual.dimensions(self._model))
         self.refusal = ""

@@ -12,11 +12,13 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
+import torch
 from torch.nn.modules.conv import _ConvNd
 
 from compress.core.artifact import Artifact
 from compress.core.errors import PlanError
 from compress.core.run import Run
+from compress.models.architecture import found_in
 from compress.models.blocks import find_blocks
 from compress.models.channels import (
     Anatomy,
@@ -150,7 +152,7 @@ class Looked:
         self.layers = {name: module for name, module in model.named_modules() if is_linear(module)}
         self.shapes: Shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self.fused = _fused(model)
-        self.anatomy = dissect(model)
+        self.anatomy = found_in(dissect, source, run, torch.float32)
         self.search = ConfigSearch(source, run)
         if self.search.shapes(dict(source.config)) != self.shapes:
             raise PlanError(

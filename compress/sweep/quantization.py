@@ -28,7 +28,7 @@ from compress.sweep.rounder import BlockRounder, Rounder
 from compress.sweep.selection import Selection, select
 from compress.sweep.sweep import Sweep
 from compress.sweep.treatment import Replacement, Treated, Treatment
-from compress.sweep.verification import prepared
+from compress.sweep.verification import rehearse
 from compress.sweep.walk import placed_skeleton
 
 
@@ -224,7 +224,7 @@ def _configuration(selection: Selection, source: Artifact, run: Run) -> dict[str
         if dtype != torch.bfloat16:
             quantization["dequantize"] = True
     try:
-        prepared(source, quantization, run)
+        rehearse(source, quantization, run)
     except PlanError as error:
         if activations:
             raise PlanError(
@@ -234,7 +234,7 @@ def _configuration(selection: Selection, source: Artifact, run: Run) -> dict[str
         if quantization.get("dequantize") or len(schemes) > 1:
             raise
         quantization["dequantize"] = True
-        prepared(source, quantization, run)
+        rehearse(source, quantization, run)
     return config
 
 

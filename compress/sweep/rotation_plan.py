@@ -9,11 +9,11 @@ import torch
 from compress.core.artifact import Artifact
 from compress.core.errors import PlanError
 from compress.core.run import Run
+from compress.models.architecture import found_in
 from compress.models.channels import Anatomy, Channels, dissect
 from compress.models.checkpoint import Checkpoint
 from compress.models.fold_search import find_folds
 from compress.models.folds import Fold
-from compress.models.load import skeleton
 from compress.models.probe import is_linear
 from compress.models.stream import Stream, find_stream
 
@@ -65,16 +65,12 @@ def plan_rotation(
     Raises:
         PlanError: the residual stream cannot be rotated, or a tensor on disk cannot be changed.
     """
-
-    def bare(dtype: torch.dtype) -> Any:
-        return skeleton(source, task=run.task, dtype=dtype, trust_remote_code=run.trust_remote_code)
-
-    stream = find_stream(bare(torch.float64))
+    stream = found_in(find_stream, source, run)
     found: list[Heads] = []
     kept: dict[str, str] = {}
     if heads:
-        folds = find_folds(bare(torch.float64))
-        anatomy = dissect(bare(torch.float32))
+        folds = found_in(find_folds, source, run)
+        anatomy = found_in(dissect, source, run, torch.float32)
         found, kept = _heads(folds.folds, anatomy)
     untied = _untied(stream, model)
     plan = RotationPlan(stream, tuple(found), kept, untied)

@@ -7,8 +7,11 @@ that the pass meant, every other tensor must still be the source's.
 
 import contextlib
 import io
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,7 +77,9 @@ def verify_weights(
         if source is not None:
             bare = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
             original = Checkpoint(source, bare)
-        return _Verification(model, Checkpoint(artifact, model, quantizer), lineage, run, original).run()
+        checkpoint = Checkpoint(artifact, model, quantizer)
+        with quiet():
+            return _Verification(model, checkpoint, lineage, run, original).run()
     except VerificationError:
         raise
     except CompressError as error:
@@ -93,9 +98,6 @@ def _calibrated(step: StepRecord) -> bool:
 
 def prepared(source: Artifact, quantization: Mapping[str, Any] | None, run: Run) -> tuple[Any, Any]:
     """A skeleton as transformers prepares it before it loads weights, and its quantizer.
-
-    Before a run it is a rehearsal: a configuration that the loader cannot work with fails here, on the
-    meta device, instead of at a user's.
 
     Args:
         quantization: a ``quantization_config``, or ``None`` for a model of plain floats.
@@ -128,6 +130,35 @@ def prepared(source: Artifact, quantization: Mapping[str, Any] | None, run: Run)
             f"stock transformers cannot load {type(model).__name__} with this quantization: {error}"
         ) from error
     return model, quantizer
+
+
+def rehearse(source: Artifact, quantization: Mapping[str, Any], run: Run) -> None:
+    """Let transformers prepare a model before anything is written.
+
+    A configuration that the loader cannot work with fails here, on the meta device, instead of at a user's.
+    What was said of a configuration when it was planned holds when it is written.
+
+    Raises:
+        PlanError: as `prepared`.
+    """
+    documents = (json.dumps(dict(each), sort_keys=True) for each in (source.config, quantization))
+    refusal = _refusal(source.path, *documents, run.task, run.trust_remote_code)
+    if refusal is not None:
+        raise PlanError(*refusal)
+
+
+@lru_cache(maxsize=8)
+def _refusal(
+    path: Path, config: str, quantization: str, task: str, trust_remote_code: bool
+) -> tuple[str, str] | None:
+    """Message and hint of what `prepared` says of a configuration, ``None`` where it says nothing."""
+    del config  # tells one model from another at the same path
+    try:
+        run = Run(task=task, trust_remote_code=trust_remote_code)
+        prepared(Artifact.open(path), json.loads(quantization), run)
+    except PlanError as error:
+        return error.message, error.hint
+    return None
 
 
 @dataclass

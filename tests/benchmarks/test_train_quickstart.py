@@ -31,7 +31,7 @@ TINY = trainer.Settings(
     layers=1,
     heads=2,
     key_value_heads=1,
-    tokenizer_documents=2_048,
+    tokenizer_documents=1_024,
 )
 
 

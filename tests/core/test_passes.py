@@ -1,6 +1,5 @@
 """The registry: own methods by path, foreign ones by entry point, and the contract of both."""
 
-import importlib.metadata
 import sys
 import types
 from importlib.metadata import EntryPoint
@@ -54,13 +53,13 @@ def foreign(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def register(**kinds: object) -> None:
         module = types.ModuleType("another_package")
-        entries = []
+        entries = {}
         for number, (name, kind) in enumerate(kinds.items()):
             setattr(module, f"kind_{number}", kind)
             dotted = name.replace("__", ".")
-            entries.append(EntryPoint(dotted, f"another_package:kind_{number}", passes.ENTRY_POINT_GROUP))
+            entries[dotted] = EntryPoint(dotted, f"another_package:kind_{number}", passes.ENTRY_POINT_GROUP)
         monkeypatch.setitem(sys.modules, "another_package", module)
-        monkeypatch.setattr(passes, "entry_points", lambda group: importlib.metadata.EntryPoints(entries))
+        monkeypatch.setattr(passes, "_foreign_entries", lambda: entries)
 
     return register
 
@@ -116,7 +115,7 @@ def test_a_foreign_method_that_breaks_the_contract_is_refused(
 
 def test_a_foreign_method_that_cannot_be_imported_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint("prune.absent", "no_such_package:Absent", passes.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(passes, "entry_points", lambda group: importlib.metadata.EntryPoints([entry]))
+    monkeypatch.setattr(passes, "_foreign_entries", lambda: {entry.name: entry})
     with pytest.raises(PlanError, match="cannot be imported: No module named 'no_such_package'"):
         find("prune.absent")
 

@@ -77,6 +77,7 @@ def test_a_seed_draws_the_same_windows_again_and_another_seed_others(tmp_path: P
         assert first.description == "a.txt: 4 windows of 18 tokens, seed 0"
 
 
+@pytest.mark.usefixtures("short_stories")
 def test_a_built_in_text_gives_its_calibration_split() -> None:
     drawn = draw(source("builtin:stories", samples=2, length=60), Letters(), 0, 128)
     named = draw(source("builtin:stories/calibration", samples=2, length=60), Letters(), 0, 128)
@@ -89,6 +90,7 @@ def test_a_built_in_text_gives_its_calibration_split() -> None:
     assert all("".join(map(chr, row)) in joined for row in drawn.tokens.tolist())
 
 
+@pytest.mark.usefixtures("short_stories")
 def test_the_key_of_a_built_in_text_is_that_of_its_split(tmp_path: Path) -> None:
     digests = [
         digest_of_source(source(f"builtin:stories{split}"), tmp_path, 0)

@@ -218,6 +218,7 @@ def test_the_split_of_a_built_in_text_follows_from_its_use() -> None:
     assert corpora.in_split("stories.txt", Split.TRAIN) == "stories.txt"
 
 
+@pytest.mark.usefixtures("short_stories")
 def test_the_content_digest_of_a_built_in_text_is_of_its_split() -> None:
     whole = corpora.content_digest("builtin:stories")
     assert whole == corpora.content_digest("builtin:stories/test")

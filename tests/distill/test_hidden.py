@@ -17,6 +17,7 @@ from compress.core.recipe import Recipe
 from tests import models_zoo, packed_models, quantized_models
 from tests.distill.test_classes import classifier, text
 from tests.dummies import Killed, KillingRecorder
+from tests.marks import slow_but
 
 EVERYTHING = {"states": 1.0, "relations": 1.0, "embeddings": 1.0, "outputs": 1.0}
 
@@ -110,7 +111,7 @@ def decisions_of(folder: Path) -> Any:
     return lineage.steps[0].decisions
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(("llama", "bert"), FAMILIES))
 def test_a_narrower_student_comes_nearer_in_everything(family: str, place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     engine.run(recipe(place, family, **EVERYTHING), out, single=True)

@@ -13,7 +13,8 @@ from compress import engine
 from compress.core.artifact import ADAPTER_FOLDER, RUN_FILE, Artifact, Lineage
 from compress.core.errors import EnvironmentFault, PlanError
 from compress.core.recipe import Recipe
-from tests import models_zoo, packed_models, quantized_models
+from tests import models_zoo, packed_models, quantized_models, teacher_and_student
+from tests.single_steps import tensors
 
 pytest.importorskip("peft", reason="adapters need the extra compress-models[peft]")
 
@@ -27,8 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("student", "teacher"):
         quantized_models.add_tokenizer(folder / name, models_zoo.VOCABULARY)
     packed_models.integers(folder / "student", folder / "integers", bits=4)
-    characters = models_zoo.tokens(1, 4000, seed=5)[0].tolist()
-    (folder / "text.txt").write_text("".join(chr(29 + number) for number in characters).replace(" ", "x"))
+    teacher_and_student.write_text(folder)
     return folder
 
 
@@ -50,12 +50,6 @@ def recipe(place: Path, student: str = "student", **options: Any) -> Recipe:
             "steps": [step],
         }
     )
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder."""
-    shards = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
-    return {name: tensor for shard in shards for name, tensor in shard.items()}
 
 
 def decisions(folder: Path) -> Any:
@@ -142,7 +136,7 @@ def test_zeros_of_pruning_stay(place: Path, tmp_path: Path) -> None:
     made = recipe(place).model_copy(update={"model": str(tmp_path / "pruned")})
     engine.run(made, tmp_path / "out", single=True)
     name = "model.layers.0.mlp.up_proj.weight"
-    before, after = (weights_of(tmp_path / each)[name] for each in ("pruned", "out"))
+    before, after = (tensors(tmp_path / each)[name] for each in ("pruned", "out"))
     assert torch.equal(before == 0, after == 0)
     assert not torch.equal(before, after)
     assert decisions(tmp_path / "out")["zeros_kept"] > 0

@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from compress import engine
-from compress.core.artifact import RUN_FILE, Lineage
+from compress.core.artifact import Lineage
 from compress.core.errors import PlanError, UsageError
 from compress.core.recipe import Recipe
 from tests import models_zoo
 from tests.dummies import Killed, KillingRecorder
+from tests.single_steps import bytes_of
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +53,6 @@ def recipe(place: Path, **options: Any) -> Recipe:
             "steps": [step],
         }
     )
-
-
-def bytes_of(out: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(out.iterdir()) if file.name != RUN_FILE}
 
 
 def test_a_student_comes_nearer_to_its_teacher(place: Path, tmp_path: Path) -> None:

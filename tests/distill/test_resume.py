@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from compress import engine
-from compress.core.artifact import RUN_FILE, TRAINING_FILE
+from compress.core.artifact import TRAINING_FILE
 from compress.core.errors import EnvironmentFault
 from compress.core.recipe import Recipe
 from tests import kill_at, models_zoo
 from tests.dummies import Recorder
+from tests.single_steps import bytes_of
 
 STEPS = 7
 # Imported once into a process that never computes, from which every run is forked.
@@ -64,10 +65,6 @@ def run(place: Path, out: Path, log: Path, name: str = kill_at.ANY, number: int 
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def bytes_of(out: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(out.iterdir()) if file.name != RUN_FILE}
-
-
 @pytest.fixture(scope="module")
 def whole(place: Path) -> dict[str, bytes]:
     run(place, place / "whole", place / "whole.jsonl")
@@ -77,7 +74,7 @@ def whole(place: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("name", "number", "resumed"),
     [
-        ("training.step", 2, 0),
+        pytest.param("training.step", 2, 0, marks=pytest.mark.slow),
         ("checkpoint.finish", 1, 2),
         pytest.param("checkpoint.tensor", 50, 0, marks=pytest.mark.slow),
         pytest.param("training.step", 6, 4, marks=pytest.mark.slow),

@@ -14,6 +14,7 @@ from compress.core.errors import PlanError
 from compress.core.recipe import Recipe
 from compress.sweep.reshaping import _cut, _evenly
 from tests import models_zoo
+from tests.marks import slow_but
 
 HIDDEN = {"opt": 24, "gpt-neox": 32, "phi": 32}
 """Widths that these classes can have; 16 is for all others."""
@@ -30,7 +31,9 @@ def made(source: Path, out: Path, **options: Any) -> Any:
     return lineage.steps[-1].decisions
 
 
-@pytest.mark.parametrize("name", [*DECODERS, "bert", "modernbert"])
+@pytest.mark.parametrize(
+    "name", slow_but(("llama-tied", "gemma2", "gpt2", "bert"), [*DECODERS, "bert", "modernbert"])
+)
 def test_it_is_a_model_of_the_class_in_the_shape_that_was_asked_for(name: str, tmp_path: Path) -> None:
     source = models_zoo.write(name, tmp_path, dtype=torch.bfloat16)
     width = HIDDEN.get(name, 16)

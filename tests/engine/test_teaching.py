@@ -12,14 +12,16 @@ from transformers import AutoModelForCausalLM
 
 from compress import engine
 from compress.cli import app
-from compress.core.artifact import RUN_FILE, Artifact, Lineage
+from compress.core.artifact import Artifact, Lineage
 from compress.core.errors import CompressError, DataError, EnvironmentFault, PlanError, TargetError
 from compress.core.recipe import Recipe
 from compress.core.run import TrainingSource
 from compress.training import teacher_writing
 from compress.training.cache_options import CacheOptions
-from tests import models_zoo, quantized_models
+from tests import models_zoo, teacher_and_student
 from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.single_steps import bytes_of
+from tests.teacher_and_student import recipe
 
 OPTIONS = CacheOptions(tokens=1_280, window=16, evaluation_tokens=128, batch=4, precision="float32")
 
@@ -27,19 +29,7 @@ OPTIONS = CacheOptions(tokens=1_280, window=16, evaluation_tokens=128, batch=4, 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, a student of another size, their text, and the cache of the teacher."""
-    folder = tmp_path_factory.mktemp("place")
-    for name, layers, seed in (("teacher", 3, 1), ("student", 2, 2)):
-        config = models_zoo.configuration("llama-tied")
-        config.num_hidden_layers = layers
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.add_(torch.randn_like(weight) * 0.05)
-        model.save_pretrained(folder / name)
-        quantized_models.add_tokenizer(folder / name, models_zoo.VOCABULARY)
-    characters = models_zoo.tokens(1, 4000, seed=5)[0].tolist()
-    (folder / "text.txt").write_text("".join(chr(29 + number) for number in characters).replace(" ", "x"))
+    folder = teacher_and_student.write(tmp_path_factory.mktemp("place"))
     cache(folder, folder / "cache")
     return folder
 
@@ -49,29 +39,6 @@ def cache(place: Path, out: Path, **changes: Any) -> engine.CachedTeacher:
     teacher = given.pop("teacher", place / "teacher")
     text = given.pop("text", place / "text.txt")
     return engine.cache_teacher(str(teacher), TrainingSource(str(text)), out, **given)
-
-
-def recipe(place: Path, **options: Any) -> Recipe:
-    step: dict[str, Any] = {
-        "use": "distill.logits",
-        "teacher": str(place / "teacher"),
-        "tokens": 1_280,
-        "window": 16,
-        "batch": 4,
-        "learning_rate": 3e-3,
-        "evaluation_tokens": 128,
-        "precision": "float32",
-        **options,
-    }
-    train = step.pop("train", str(place / "text.txt"))
-    model = step.pop("model", str(place / "student"))
-    return Recipe.of(
-        {"model": model, "threads": 1, "device": "cpu", "data": {"train": train}, "steps": [step]}
-    )
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name != RUN_FILE}
 
 
 def decisions(folder: Path) -> dict[str, Any]:

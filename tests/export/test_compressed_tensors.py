@@ -1,6 +1,7 @@
 """From GPTQ back to compressed-tensors: the same bytes, and what has no place there is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,13 @@ def edit(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-@pytest.fixture
-def gptq(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPTQ folder without our records, as another tool would leave it."""
-    floats = packed_models.floats("llama", tmp_path / "floats")
-    integers = run(floats, tmp_path / "integers", "quantize.rtn", bits=4, group_size=32)
-    folder = run(integers, tmp_path / "foreign", "export.gptq")
+    place = tmp_path_factory.mktemp("foreign")
+    floats = packed_models.floats("llama", place / "floats")
+    integers = run(floats, place / "integers", "quantize.rtn", bits=4, group_size=32)
+    folder = run(integers, place / "foreign", "export.gptq")
     for name in RECORDS:
         (folder / name).unlink(missing_ok=True)
     shards = {}
@@ -56,6 +58,12 @@ def gptq(tmp_path: Path) -> Path:
     (folder / "model.safetensors.index.json").unlink()
     save_file(shards, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture
+def gptq(foreign: Path, tmp_path: Path) -> Path:
+    """The same, free to be changed."""
+    return shutil.copytree(foreign, tmp_path / "foreign")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +176,7 @@ def test_the_prediction_is_what_is_written(gptq: Path, tmp_path: Path) -> None:
     assert size - 20_000 < needs.disk_bytes <= size
 
 
-def test_a_folder_that_is_no_gptq_checkpoint_is_refused(gptq: Path, tmp_path: Path) -> None:
-    recipe = Recipe(model=str(tmp_path / "integers"), steps=(Step(use="export.compressed_tensors"),))
+def test_a_folder_that_is_no_gptq_checkpoint_is_refused(foreign: Path, tmp_path: Path) -> None:
+    recipe = Recipe(model=str(foreign.with_name("integers")), steps=(Step(use="export.compressed_tensors"),))
     with pytest.raises(PlanError, match="needs a GPTQ checkpoint"):
         engine.plan(recipe, tmp_path / "out", single=True)

@@ -21,8 +21,8 @@ GRAPH = Path(GRAPH_FILE)
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Exported:
-    return exported_models.decoder()
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return exported_models.decoder(tmp_path_factory)
 
 
 def changed(decoder: Exported, folder: Path, change: Callable[[onnx_ir.Model], None]) -> Path:

@@ -11,8 +11,8 @@ from compress.models.fold_search import find_folds
 from compress.models.folds import Fold, Folds, Rescaling
 from compress.models.load import skeleton
 from tests import models_zoo
-from tests.prune.test_width import write
-from tests.transform.test_smoothquant import loaded, outputs
+from tests.marks import slow_but
+from tests.single_steps import loaded, outputs
 
 _ATTENTION = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
 _GATED = {"mlp.gate_proj", "mlp.up_proj"}
@@ -79,9 +79,15 @@ def put(model: Any, folds: tuple[Fold, ...], seed: int = 0) -> None:
             parameter.copy_(change.of(parameter))
 
 
-@pytest.mark.parametrize("name", [*models_zoo.CONFIGURATIONS, "distilbert", "phi3"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ("llama", "gemma2", "gpt2", "opt", "mixtral", "bert"),
+        [*models_zoo.CONFIGURATIONS, "distilbert", "phi3"],
+    ),
+)
 def test_random_factors_leave_the_function_as_it_is(name: str, tmp_path: Path) -> None:
-    folder = write(name, tmp_path)
+    folder = models_zoo.write(name, tmp_path)
     found = found_in(folder)
     model = loaded(folder, torch.float64)
     before = outputs(model)
@@ -98,9 +104,9 @@ def test_random_factors_leave_the_function_as_it_is(name: str, tmp_path: Path) -
             assert here == KNOWN[name]
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "opt"])
+@pytest.mark.parametrize("name", slow_but(("phi3",), ("llama", "phi3", "opt")))
 def test_it_is_exact_where_the_model_computes_in_double_precision(name: str, tmp_path: Path) -> None:
-    folder = write(name, tmp_path)
+    folder = models_zoo.write(name, tmp_path)
     model = loaded(folder, torch.float64)
     before = outputs(model)
     linear = tuple(fold for fold in found_in(folder).folds if fold.kind == "linear")
@@ -109,7 +115,8 @@ def test_it_is_exact_where_the_model_computes_in_double_precision(name: str, tmp
 
 
 def test_values_shared_by_several_heads_have_one_factor(tmp_path: Path) -> None:
-    fold = next(f for f in found_in(write("llama", tmp_path)).folds if f.producer == "self_attn.v_proj")
+    folds = found_in(models_zoo.write("llama", tmp_path)).folds
+    fold = next(f for f in folds if f.producer == "self_attn.v_proj")
     # Four heads of eight columns over two of values.
     expected = torch.arange(32) // 16 * 8 + torch.arange(32) % 8
     assert torch.equal(fold.rows, torch.arange(16))
@@ -117,7 +124,7 @@ def test_values_shared_by_several_heads_have_one_factor(tmp_path: Path) -> None:
 
 
 def test_fused_projections_give_their_values_alone(tmp_path: Path) -> None:
-    folds = found_in(write("gpt-neox", tmp_path)).folds
+    folds = found_in(models_zoo.write("gpt-neox", tmp_path)).folds
     fold = next(f for f in folds if f.producer == "attention.query_key_value")
     # Query, key and value of a head lie one after the other.
     assert torch.equal(fold.rows, torch.cat([torch.arange(8) + 24 * head + 16 for head in range(4)]))
@@ -125,7 +132,7 @@ def test_fused_projections_give_their_values_alone(tmp_path: Path) -> None:
 
 
 def test_a_norm_that_adds_one_is_told(tmp_path: Path) -> None:
-    folds = found_in(write("gemma2", tmp_path)).folds
+    folds = found_in(models_zoo.write("gemma2", tmp_path)).folds
     assert {f.producer: dict(f.offsets) for f in folds if f.kind == "norm"} == {
         "input_layernorm": {"weight": 1.0},
         "pre_feedforward_layernorm": {"weight": 1.0},
@@ -136,9 +143,9 @@ def test_a_norm_that_adds_one_is_told(tmp_path: Path) -> None:
 
 
 def test_what_cannot_take_a_factor_is_named_with_the_reason(tmp_path: Path) -> None:
-    gelu = found_in(write("gpt2", tmp_path)).unfolded
+    gelu = found_in(models_zoo.write("gpt2", tmp_path)).unfolded
     assert gelu["transformer.h.0.mlp.c_proj"] == "mlp.c_fc reaches it by more than a product"
-    after = found_in(write("bert", tmp_path)).unfolded
+    after = found_in(models_zoo.write("bert", tmp_path)).unfolded
     assert "also feeds what lies beyond its block" in after["encoder.layer.0.intermediate.dense"]
-    first = found_in(write("modernbert", tmp_path)).unfolded
+    first = found_in(models_zoo.write("modernbert", tmp_path)).unfolded
     assert first["layers.0.attn.Wqkv"] == "nothing in its block scales its input"

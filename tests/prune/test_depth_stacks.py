@@ -15,21 +15,19 @@ from compress.core.run import CalibrationSource, Run
 from compress.models.blocks import find_blocks
 from compress.prune.depth import Depth
 from tests import models_zoo
-from tests.depth_models import (
+from tests.depth_models import going, prune, without
+from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.marks import slow_but
+from tests.single_steps import (
     LENGTH,
     SAMPLES,
     calibration,
     decisions,
-    going,
     loaded,
     outputs,
-    prune,
     recipe_of,
     tensors,
-    without,
 )
-from tests.dummies import Killed, KillingRecorder, Recorder
-from tests.marks import slow_but
 
 GOING = {
     "t5": (1, 5),
@@ -187,7 +185,7 @@ def test_a_repair_behind_a_norm_is_refused_by_the_plan(tmp_path: Path) -> None:
 def test_a_run_that_is_killed_resumes_to_the_same_bytes(
     event: str, number: int, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    recipe = recipe_of(models_zoo.write("t5", tmp_path), tmp_path, layers=2, **options)
+    recipe = recipe_of("prune.depth", models_zoo.write("t5", tmp_path), tmp_path, layers=2, **options)
     whole = engine.run(recipe, tmp_path / "whole", single=True).final
     with pytest.raises(Killed):
         engine.run(recipe, tmp_path / "out", single=True, reporter=KillingRecorder(event, number))
@@ -203,7 +201,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_bytes(
 def test_vectors_are_enough_and_the_head_stays(tmp_path: Path) -> None:
     """Asked for as an encoder of texts, an encoder-decoder keeps a head that nothing reads."""
     source = models_zoo.write("mbart", tmp_path)
-    recipe = recipe_of(source, tmp_path, layers=2, by="loss") | {"task": "feature-extraction"}
+    recipe = recipe_of("prune.depth", source, tmp_path, layers=2, by="loss") | {"task": "feature-extraction"}
     out = Artifact.open(engine.run(recipe, tmp_path / "out", single=True).final)
     assert torch.equal(tensors(out.path)["lm_head.weight"], tensors(source)["lm_head.weight"])
     assert stays(out.path, []) == [2, 2]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,22 @@ from compress.prune.experts import Experts
 from compress.sweep import expert_removal
 from compress.sweep.expert_plan import AskedExperts, plan_experts
 from tests import models_zoo
-from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.dummies import Recorder
 from tests.marks import slow_but
+from tests.single_steps import (
+    LENGTH,
+    SAMPLES,
+    applied,
+    decisions,
+    killed_and_resumed,
+    loaded,
+    numbers,
+    outputs,
+    recipe_of,
+    tensors,
+)
 
-SAMPLES, LENGTH = 6, 16
+prune = partial(applied, "prune.experts")
 ROUTERS = {
     "mixtral": "gate.weight",
     "qwen2-moe": "gate.weight",
@@ -31,80 +44,6 @@ ROUTERS = {
     "gpt-oss": "router.weight",
     "granite-moe": "router.weight",
 }
-
-
-def write(name: str, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-    if name != "granite-moe" and not options:
-        return models_zoo.write(name, folder, dtype=dtype)
-    if name == "granite-moe":
-        own = {**models_zoo._DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}
-        config = transformers.GraniteMoeConfig(**own)
-        kind: Any = transformers.GraniteMoeForCausalLM
-    else:
-        family = models_zoo.CONFIGURATIONS[name][0]
-        config = models_zoo.configuration(name)
-        kind = getattr(transformers, f"{family}ForCausalLM")
-    for key, value in options.items():
-        setattr(config, key, value)
-    torch.manual_seed(0)
-    model = kind(config).to(dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.config.dtype = dtype
-    model.save_pretrained(folder / name)
-    return folder / name
-
-
-def recipe_of(source: Path, folder: Path, **options: Any) -> dict[str, Any]:
-    folder.mkdir(exist_ok=True)
-    file = folder / "tokens.safetensors"
-    save_file({"input_ids": models_zoo.tokens(SAMPLES, LENGTH)}, file)
-    return {
-        "model": str(source),
-        "steps": [{"use": "prune.experts", **options}],
-        "data": {"calibration": str(file), "samples": SAMPLES, "sequence_length": LENGTH, "batch_size": 2},
-        "threads": 1,
-        "device": "cpu",
-    }
-
-
-def prune(source: Path, out: Path, reporter: Any = None, **options: Any) -> Artifact:
-    extra = {} if reporter is None else {"reporter": reporter}
-    return Artifact.open(
-        engine.run(recipe_of(source, out.parent, **options), out, single=True, **extra).final
-    )
-
-
-def decisions(artifact: Artifact) -> dict[str, Any]:
-    assert artifact.lineage is not None
-    return dict(artifact.lineage.steps[-1].decisions)
-
-
-def kept(text: str) -> list[int]:
-    ends = [part.split("-") for part in text.split()]
-    return [number for end in ends for number in range(int(end[0]), int(end[-1]) + 1)]
-
-
-def loaded(folder: Path) -> Any:
-    """The model as its users load it; nothing missing, nothing unexpected, nothing of another shape."""
-    name = Artifact.open(folder).config["architectures"][0]
-    model, said = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
-    assert not any(said.values()), said
-    return model.eval()
-
-
-def outputs(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=models_zoo.tokens(3, 12, seed=7)).logits
-    return logits
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
 
 
 @contextmanager
@@ -127,7 +66,7 @@ def barred(routers: Mapping[Any, Sequence[int]]) -> Iterator[None]:
 def gone_of(name: str, model: Any, layers: Mapping[str, Any]) -> dict[Any, list[int]]:
     return {
         model.get_parameter(f"{layer}.{ROUTERS[name]}"): [
-            number for number in range(row["parts"]) if number not in kept(row["kept"])
+            number for number in range(row["parts"]) if number not in numbers(row["kept"])
         ]
         for layer, row in layers.items()
     }
@@ -138,7 +77,7 @@ def gone_of(name: str, model: Any, layers: Mapping[str, Any]) -> dict[Any, list[
 def test_it_computes_what_the_big_model_does_when_the_others_cannot_be_chosen(
     name: str, by: str, tmp_path: Path
 ) -> None:
-    source, recorder = write(name, tmp_path), Recorder()
+    source, recorder = models_zoo.write(name, tmp_path), Recorder()
     out = prune(source, tmp_path / "out", recorder, keep=0.75, by=by)
     said = decisions(out)
     assert said["experts"] == {"of": 4, "asked": 3, "got": 3}
@@ -156,7 +95,7 @@ def test_it_computes_what_the_big_model_does_when_the_others_cannot_be_chosen(
 
 @pytest.mark.parametrize("name", slow_but(("mixtral", "gpt-oss"), ("mixtral", "qwen3-moe", "gpt-oss")))
 def test_what_stays_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
-    source = write(name, tmp_path, torch.bfloat16)
+    source = models_zoo.write(name, tmp_path, dtype=torch.bfloat16)
     out = prune(source, tmp_path / "out", keep=0.5)
     before, after = tensors(source), tensors(out.path)
     layers = list(decisions(out)["layers"].values())
@@ -167,7 +106,7 @@ def test_what_stays_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
             assert torch.equal(tensor, before[key])
             continue
         index = int(key.split(".layers.")[1].split(".")[0])
-        staying = kept(layers[index]["kept"])
+        staying = numbers(layers[index]["kept"])
         if ".experts." in key and name != "gpt-oss":
             head, _, rest = key.partition(".experts.")
             number, _, leaf = rest.partition(".")
@@ -182,7 +121,7 @@ def test_what_stays_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
 
 
 def test_use_and_effect_are_those_of_the_whole_model(tmp_path: Path) -> None:
-    source = write("qwen2-moe", tmp_path)
+    source = models_zoo.write("qwen2-moe", tmp_path)
     rows = decisions(prune(source, tmp_path / "out", keep=0.5))["layers"]
     model = loaded(source)
     inputs: dict[str, torch.Tensor] = {}
@@ -212,11 +151,11 @@ def test_use_and_effect_are_those_of_the_whole_model(tmp_path: Path) -> None:
         came = [float(value) for value in row["effect"].split()]
         assert came == pytest.approx(effects, rel=1e-2)
         best = sorted(range(4), key=lambda expert: -effects[expert])[:2]
-        assert kept(row["kept"]) == sorted(best)
+        assert numbers(row["kept"]) == sorted(best)
 
 
 def test_a_token_uses_no_more_experts_than_there_are(tmp_path: Path) -> None:
-    source = write("mixtral", tmp_path, num_experts_per_tok=3)
+    source = models_zoo.write("mixtral", tmp_path, num_experts_per_tok=3)
     out = prune(source, tmp_path / "out", keep=0.5)
     said = decisions(out)
     assert said["experts_per_token"] == {"before": 3, "after": 2}
@@ -228,7 +167,7 @@ def test_a_token_uses_no_more_experts_than_there_are(tmp_path: Path) -> None:
 
 
 def test_two_experts_stay_and_the_multiple_is_kept(tmp_path: Path) -> None:
-    source = write("qwen3-moe", tmp_path, num_experts=8)
+    source = models_zoo.write("qwen3-moe", tmp_path, num_experts=8)
     plan = plan_experts(AskedExperts(0.1), Artifact.open(source), Run())
     assert (plan.of, plan.asked, plan.kept) == (8, 1, 2)
     said = decisions(prune(source, tmp_path / "out", keep=0.65, multiple=4))
@@ -236,7 +175,7 @@ def test_two_experts_stay_and_the_multiple_is_kept(tmp_path: Path) -> None:
 
 
 def test_an_expert_that_is_never_chosen_goes_first(tmp_path: Path) -> None:
-    source = write("gpt-oss", tmp_path)
+    source = models_zoo.write("gpt-oss", tmp_path)
     stored = load_file(source / "model.safetensors")
     for key in stored:
         if key.endswith("router.bias"):
@@ -259,22 +198,15 @@ def test_an_expert_that_is_never_chosen_goes_first(tmp_path: Path) -> None:
     ],
 )
 def test_a_run_that_is_killed_resumes_to_the_same_bytes(event: str, number: int, tmp_path: Path) -> None:
-    source = write("mixtral", tmp_path)
-    recipe = recipe_of(source, tmp_path, keep=0.5)
-    whole = engine.run(recipe, tmp_path / "whole", single=True).final
-    with pytest.raises(Killed):
-        engine.run(recipe, tmp_path / "out", single=True, reporter=KillingRecorder(event, number))
-    again = Recorder()
-    resumed = engine.run(recipe, tmp_path / "out", single=True, reporter=again).final
+    source = models_zoo.write("mixtral", tmp_path)
+    recipe = recipe_of("prune.experts", source, tmp_path, keep=0.5)
+    again = killed_and_resumed(recipe, tmp_path, event, number)
     assert again.count("block.resume") > 0
     assert again.count("block.resume") + again.count("block.start") == 4
-    for file in sorted(whole.iterdir()):
-        if file.name != "compress.run.json":
-            assert (resumed / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_a_wrong_cut_is_caught_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = write("mixtral", tmp_path)
+    source = models_zoo.write("mixtral", tmp_path)
     right = expert_removal.smaller_weights
 
     def wrong(model: Any, mixture: Any, staying: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -288,8 +220,8 @@ def test_a_wrong_cut_is_caught_before_it_is_written(tmp_path: Path, monkeypatch:
 
 @pytest.mark.slow
 def test_it_may_be_pruned_again_and_rounded(tmp_path: Path) -> None:
-    source = write("mixtral", tmp_path, num_local_experts=6)
-    recipe = recipe_of(source, tmp_path)
+    source = models_zoo.write("mixtral", tmp_path, num_local_experts=6)
+    recipe = recipe_of("prune.experts", source, tmp_path)
     recipe["steps"] = [
         {"use": "prune.experts", "keep": 0.67},
         {"use": "prune.experts", "keep": 0.75},
@@ -304,7 +236,7 @@ def test_what_cannot_be_taken_out_is_refused(tmp_path: Path) -> None:
     llama = Artifact.open(models_zoo.write("llama", tmp_path))
     with pytest.raises(PlanError, match="has no experts"):
         Experts().check(llama, run)
-    mixtral = Artifact.open(write("mixtral", tmp_path))
+    mixtral = Artifact.open(models_zoo.write("mixtral", tmp_path))
     with pytest.raises(PlanError, match="needs calibration text"):
         Experts().check(mixtral, Run())
     with pytest.raises(PlanError, match="4 of 4 experts are asked for"):

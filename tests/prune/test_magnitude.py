@@ -1,6 +1,6 @@
 """Magnitude pruning against a plain sort, within rows, matrices and the whole model."""
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from compress import engine
 from compress.core.artifact import Artifact
 from compress.core.errors import PlanError, UsageError
 from compress.core.passes import build
@@ -17,37 +16,11 @@ from compress.core.run import Run
 from compress.numerics.masks import whole
 from compress.prune.magnitude import Magnitude
 from tests import models_zoo
-from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.dummies import Recorder
+from tests.marks import slow_but
+from tests.single_steps import applied, changed, decisions, killed_and_resumed, recipe_of, tensors
 
-
-def prune(source: Path, out: Path, reporter: Any = None, **options: Any) -> Artifact:
-    recipe = {
-        "model": str(source),
-        "steps": [{"use": "prune.magnitude", **options}],
-        "threads": 1,
-        "device": "cpu",
-    }
-    reporter = reporter or Recorder()
-    return Artifact.open(engine.run(recipe, out, single=True, reporter=reporter).final)
-
-
-def decisions(artifact: Artifact) -> dict[str, Any]:
-    assert artifact.lineage is not None
-    return dict(artifact.lineage.steps[-1].decisions)
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
-def changed(artifact: Artifact) -> dict[str, torch.Tensor]:
-    """The tensors that were pruned, as they lie on disk."""
-    assert artifact.lineage is not None
-    meant = artifact.lineage.tensors
-    return {name: tensor for name, tensor in tensors(artifact.path).items() if meant[name].changed}
+prune = partial(applied, "prune.magnitude", samples=0)
 
 
 def check_untouched(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
@@ -87,10 +60,13 @@ def test_the_smallest_of_a_row_or_a_matrix_go(
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        *[(name, torch.float32) for name in ("llama", "gpt2", "bert", "qwen2-moe")],
-        *[(name, torch.bfloat16) for name in ("llama", "mixtral", "gpt2")],
-    ],
+    slow_but(
+        [("gpt2", torch.float32), ("llama", torch.bfloat16), ("mixtral", torch.bfloat16)],
+        [
+            *[(name, torch.float32) for name in ("llama", "gpt2", "bert", "qwen2-moe")],
+            *[(name, torch.bfloat16) for name in ("llama", "mixtral", "gpt2")],
+        ],
+    ),
 )
 def test_one_threshold_for_the_whole_model(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     source = models_zoo.write(name, tmp_path, dtype=dtype)
@@ -142,17 +118,8 @@ def test_no_text_is_needed_and_none_is_read(tmp_path: Path) -> None:
 
 def test_shares_by_outliers_differ_by_block(tmp_path: Path) -> None:
     source = models_zoo.write("llama", tmp_path)
-    file = tmp_path / "tokens.safetensors"
-    save_file({"input_ids": models_zoo.tokens(8, 16)}, file)
     options = {"sparsity": 0.5, "ratios": "outliers", "outlier_factor": 2.0, "spread": 0.2}
-    recipe = {
-        "model": str(source),
-        "steps": [{"use": "prune.magnitude", **options}],
-        "data": {"calibration": str(file), "samples": 8, "sequence_length": 16},
-        "threads": 1,
-        "device": "cpu",
-    }
-    out = Artifact.open(engine.run(recipe, tmp_path / "out", single=True).final)
+    out = prune(source, tmp_path / "out", samples=8, **options)
     said = decisions(out)
     shares = {block: entry["sparsity"] for block, entry in said["ratios"].items()}
     assert len(set(shares.values())) == 3
@@ -177,19 +144,11 @@ def test_a_matrix_that_loses_everything_is_named(tmp_path: Path) -> None:
 
 def test_a_run_that_is_killed_takes_up_its_threshold(tmp_path: Path) -> None:
     source = models_zoo.write("llama", tmp_path)
-    whole_run = prune(source, tmp_path / "whole", scope="model")
-    with pytest.raises(Killed):
-        prune(source, tmp_path / "out", KillingRecorder("layer.solve", 9), scope="model")
-    again = Recorder()
-    resumed = prune(source, tmp_path / "out", again, scope="model")
+    recipe = recipe_of("prune.magnitude", source, tmp_path, samples=0, scope="model")
+    again = killed_and_resumed(recipe, tmp_path, "layer.solve", 9)
     assert again.count("block.resume") == 1
     titles = [facts["title"] for name, facts in again.events if name == "begin"]
     assert "looking at all weights" not in titles
-    assert json.loads((resumed.path / "compress.json").read_text()) == json.loads(
-        (whole_run.path / "compress.json").read_text()
-    )
-    for file in sorted(whole_run.path.glob("*.safetensors")):
-        assert (resumed.path / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize(

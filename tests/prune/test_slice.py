@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from compress import engine
 from compress.core.artifact import Artifact
@@ -17,34 +17,22 @@ from compress.prune.slice import Slice
 from compress.sweep.slice_scan import _Scan
 from compress.sweep.slice_weights import SliceWeights
 from tests import models_zoo
-from tests.depth_models import outputs
-from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.dummies import Recorder
 from tests.marks import slow_but
-from tests.prune import test_width
-from tests.prune.test_width import SAMPLES, calibration, decisions, loaded, tensors
+from tests.single_steps import (
+    LENGTH,
+    SAMPLES,
+    applied,
+    calibration,
+    decisions,
+    killed_and_resumed,
+    loaded,
+    outputs,
+    recipe_of,
+    tensors,
+)
 
-_MORE: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma": ("Gemma", {**models_zoo._DECODER, "head_dim": 8, "num_hidden_layers": 2}),
-    "granite": (
-        "Granite",
-        {
-            **models_zoo._DECODER,
-            "num_hidden_layers": 2,
-            "residual_multiplier": 0.5,
-            "embedding_multiplier": 3.0,
-            "logits_scaling": 2.0,
-        },
-    ),
-    "cohere": ("Cohere", {**models_zoo._DECODER, "num_hidden_layers": 2}),
-    # Layer norms that add something, in front of layers without a bias.
-    "starcoder2": ("Starcoder2", {**models_zoo._DECODER, "num_hidden_layers": 2, "sliding_window": None}),
-    "nemotron": ("Nemotron", {**models_zoo._DECODER, "head_dim": 8, "num_hidden_layers": 2}),
-    "olmo2": ("Olmo2", {**models_zoo._DECODER, "num_hidden_layers": 2}),
-    "t5": (
-        "T5",
-        {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
-    ),
-}
+sliced = partial(applied, "prune.slice")
 SLICED = ("llama", "llama-tied", "qwen2-sliding", "qwen3", "mistral", "phi3", "gemma", "granite")
 WITHOUT_MEAN = ("phi", "cohere", "starcoder2", "nemotron")
 REFUSED = {
@@ -64,36 +52,6 @@ REFUSED = {
     "gpt-oss": "mlp.router.weight reads it and is no linear layer",
     "t5": r"decoder\.block reads what encoder\.block hands on, so one rotation would have to serve both",
 }
-
-
-def write(name: str, folder: Path) -> Path:
-    if name not in _MORE:
-        return test_width.write(name, folder)
-    family, options = _MORE[name]
-    torch.manual_seed(0)
-    head = "Model" if name == "t5" else "ForCausalLM"
-    model = getattr(transformers, family + head)(getattr(transformers, f"{family}Config")(**options)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder / name)
-    return folder / name
-
-
-def recipe_of(source: Path, folder: Path, samples: int = SAMPLES, **options: Any) -> dict[str, Any]:
-    return {
-        "model": str(source),
-        "steps": [{"use": "prune.slice", **options}],
-        "data": calibration(folder, samples),
-        "threads": 1,
-        "device": "cpu",
-    }
-
-
-def sliced(source: Path, out: Path, reporter: Any = None, **options: Any) -> Artifact:
-    extra = {} if reporter is None else {"reporter": reporter}
-    recipe = recipe_of(source, out.parent, **options)
-    return Artifact.open(engine.run(recipe, out, single=True, **extra).final)
 
 
 def hidden_norms(model: Any) -> list[Any]:
@@ -127,7 +85,7 @@ def watching(model: Any, without_mean: bool) -> Iterator[torch.Tensor]:
 def span(model: Any, kept: int, without_mean: bool) -> torch.Tensor:
     """The projection onto the first components of the calibration text, ``[width, width]``."""
     with watching(model, without_mean) as moments:
-        outputs(model, models_zoo.tokens(SAMPLES, test_width.LENGTH))
+        outputs(model, models_zoo.tokens(SAMPLES, LENGTH))
     _, vectors = torch.linalg.eigh(moments)
     found = vectors[:, -(kept - int(without_mean)) :]
     return (found @ found.T).float()
@@ -142,9 +100,11 @@ def projected(model: Any, said: dict[str, Any], without_mean: bool) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", [*SLICED, *WITHOUT_MEAN])
+@pytest.mark.parametrize(
+    "name", slow_but(("llama-tied", "granite", "phi", "starcoder2"), [*SLICED, *WITHOUT_MEAN])
+)
 def test_it_computes_what_the_big_model_does_on_the_components(name: str, tmp_path: Path) -> None:
-    source, recorder = write(name, tmp_path), Recorder()
+    source, recorder = models_zoo.write(name, tmp_path), Recorder()
     out = sliced(source, tmp_path / "out", recorder, keep=0.75)
     said = decisions(out)
     assert said["hidden_size"]["got"] == 24
@@ -177,9 +137,11 @@ def check_written(out: Artifact, source: Path) -> None:
         assert list(weight.shape) == [row["rows"], row["columns"]]
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.parametrize(
+    "name", slow_but(("gpt2", "opt", "gemma2", "bert", "mixtral", "gpt-oss", "t5"), sorted(REFUSED))
+)
 def test_what_cannot_be_sliced_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
-    source = Artifact.open(write(name, tmp_path))
+    source = Artifact.open(models_zoo.write(name, tmp_path))
     run = Run(calibration=CalibrationSource(calibration(tmp_path)["calibration"]), task="auto")
     with pytest.raises(PlanError, match=REFUSED[name]):
         Slice().check(source, run)
@@ -187,7 +149,7 @@ def test_what_cannot_be_sliced_is_refused_with_the_reason(name: str, tmp_path: P
 
 def distances(source: Path, out: Path) -> float:
     """Mean divergence of what a sliced model says on other text from what the big one says."""
-    tokens = models_zoo.tokens(8, test_width.LENGTH, seed=11)
+    tokens = models_zoo.tokens(8, LENGTH, seed=11)
     wanted = outputs(loaded(source), tokens).log_softmax(-1)
     said = outputs(loaded(out), tokens).log_softmax(-1)
     return float((wanted.exp() * (wanted - said)).sum(-1).mean())
@@ -195,7 +157,7 @@ def distances(source: Path, out: Path) -> float:
 
 @pytest.mark.parametrize("name", slow_but(("llama-tied",), ("llama-tied", "starcoder2")))
 def test_a_repair_comes_nearer_to_the_original(name: str, tmp_path: Path) -> None:
-    source = write(name, tmp_path)
+    source = models_zoo.write(name, tmp_path)
     plain = sliced(source, tmp_path / "plain", keep=0.75, samples=64)
     again = sliced(source, tmp_path / "again", keep=0.75, repair=True, samples=64)
     assert distances(source, again.path) < distances(source, plain.path)
@@ -204,7 +166,7 @@ def test_a_repair_comes_nearer_to_the_original(name: str, tmp_path: Path) -> Non
     # All layers but those that write alone and are not the last of their block, and the embedding.
     assert len(fitted) > len(rows) / 2
     assert all(float(row["repaired_error"]) <= float(row["error"]) for row in fitted)
-    assert all(row["tokens"] == 64 * test_width.LENGTH for row in fitted)
+    assert all(row["tokens"] == 64 * LENGTH for row in fitted)
     assert {key: shape(tensor) for key, tensor in tensors(again.path).items()} == {
         key: shape(tensor) for key, tensor in tensors(plain.path).items()
     }
@@ -215,7 +177,7 @@ def shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def test_weights_are_those_of_the_formulas(tmp_path: Path) -> None:
-    source = write("llama", tmp_path)
+    source = models_zoo.write("llama", tmp_path)
     old, new = tensors(source), tensors(sliced(source, tmp_path / "out", keep=0.5).path)
     scale = 0.5**0.5
     # The embedding has full rank, so the basis can be read from it.
@@ -238,23 +200,25 @@ def test_weights_are_those_of_the_formulas(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "got", "note"),
     [
-        ({"keep": 0.7, "multiple": 8}, 24, "24 is the nearest multiple of 8 to 22"),
+        pytest.param(
+            {"keep": 0.7, "multiple": 8}, 24, "24 is the nearest multiple of 8 to 22", marks=pytest.mark.slow
+        ),
         # Llama wants heads that divide the hidden size.
         ({"keep": 0.7, "multiple": 1}, 24, "the configuration class refuses 22: "),
-        ({"keep": 0.5}, 16, ""),
+        pytest.param({"keep": 0.5}, 16, "", marks=pytest.mark.slow),
     ],
 )
 def test_the_hidden_size_is_one_that_fits(
     options: dict[str, Any], got: int, note: str, tmp_path: Path
 ) -> None:
-    said = decisions(sliced(write("llama", tmp_path), tmp_path / "out", **options))
+    said = decisions(sliced(models_zoo.write("llama", tmp_path), tmp_path / "out", **options))
     assert said["hidden_size"]["got"] == got
     assert said["hidden_size"].get("note", "").startswith(note)
     assert said["config"]["hidden_size"] == got
 
 
 def test_nothing_to_take_out_is_refused(tmp_path: Path) -> None:
-    source = Artifact.open(write("llama", tmp_path))
+    source = Artifact.open(models_zoo.write("llama", tmp_path))
     run = Run(calibration=CalibrationSource(calibration(tmp_path)["calibration"]))
     with pytest.raises(PlanError, match="all 32 channels would stay"):
         Slice(keep=1.0).check(source, run)
@@ -274,7 +238,7 @@ def test_wrong_weights_are_caught_before_they_are_written(
     seen = SliceWeights.seen
     monkeypatch.setattr(SliceWeights, "seen", lambda self, norm: 2 * seen(self, norm))
     with pytest.raises(VerificationError, match=r"model\.layers\.0 is .* on a projected residual stream"):
-        sliced(write("llama", tmp_path), tmp_path / "out")
+        sliced(models_zoo.write("llama", tmp_path), tmp_path / "out")
 
 
 def test_hidden_states_that_are_not_finite_are_an_error(
@@ -283,7 +247,7 @@ def test_hidden_states_that_are_not_finite_are_an_error(
     unit = _Scan._unit
     monkeypatch.setattr(_Scan, "_unit", lambda self, hidden: unit(self, hidden * float("nan")))
     with pytest.raises(CalibrationError, match=r"model\.layers\.0: .*NaN or infinite"):
-        sliced(write("llama", tmp_path), tmp_path / "out")
+        sliced(models_zoo.write("llama", tmp_path), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -299,21 +263,16 @@ def test_hidden_states_that_are_not_finite_are_an_error(
 def test_a_run_that_is_killed_resumes_to_the_same_bytes(
     event: str, number: int, repair: bool, tmp_path: Path
 ) -> None:
-    source = write("llama-tied", tmp_path)
-    whole = sliced(source, tmp_path / "whole", repair=repair).path
-    with pytest.raises(Killed):
-        sliced(source, tmp_path / "out", KillingRecorder(event, number), repair=repair)
-    again = Recorder()
-    resumed = sliced(source, tmp_path / "out", again, repair=repair).path
+    source = models_zoo.write("llama-tied", tmp_path)
+    recipe = recipe_of("prune.slice", source, tmp_path, repair=repair)
+    again = killed_and_resumed(recipe, tmp_path, event, number)
     assert again.count("block.resume") > 0
-    for file in sorted(whole.iterdir()):
-        if file.name != "compress.run.json":
-            assert (resumed / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+@pytest.mark.slow
 def test_it_may_be_sliced_again_pruned_and_rounded(tmp_path: Path) -> None:
-    source = write("llama", tmp_path)
-    recipe = recipe_of(source, tmp_path, keep=0.75)
+    source = models_zoo.write("llama", tmp_path)
+    recipe = recipe_of("prune.slice", source, tmp_path, keep=0.75)
     recipe["steps"] += [
         {"use": "prune.slice", "keep": 0.66},
         {"use": "prune.width", "mlp": 0.5, "heads": 1.0},

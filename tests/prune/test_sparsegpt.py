@@ -1,6 +1,7 @@
 """SparseGPT on whole models: against the same steps in plain forward passes, and what follows it."""
 
 import csv
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from compress.numerics.sparsification import sparsify
 from compress.prune.sparsegpt import SparseGpt
 from compress.sweep.zeros import Zeros
 from tests import models_zoo
-from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.single_steps import LENGTH, applied, changed, decisions, killed_and_resumed, recipe_of, tensors
 
-SAMPLES, LENGTH = 8, 16
+SAMPLES = 8
+"""With fewer the smallest differences of sums decide which weights go."""
+prune = partial(applied, "prune.sparsegpt", samples=SAMPLES)
 SLOW = pytest.mark.slow
 STAGES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -29,47 +32,6 @@ STAGES = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-
-
-def apply(use: str, source: Path, out: Path, reporter: Any = None, **options: Any) -> Artifact:
-    file = source.parent / "tokens.safetensors"
-    save_file({"input_ids": models_zoo.tokens(SAMPLES, LENGTH)}, file)
-    recipe = {
-        "model": str(source),
-        "steps": [{"use": use, **options}],
-        "data": {
-            "calibration": str(file),
-            "samples": SAMPLES,
-            "sequence_length": LENGTH,
-            "batch_size": 3,
-        },
-        "threads": 1,
-        "device": "cpu",
-    }
-    return Artifact.open(engine.run(recipe, out, single=True, reporter=reporter or Recorder()).final)
-
-
-def prune(source: Path, out: Path, reporter: Any = None, **options: Any) -> Artifact:
-    return apply("prune.sparsegpt", source, out, reporter, **options)
-
-
-def decisions(artifact: Artifact) -> dict[str, Any]:
-    assert artifact.lineage is not None
-    return dict(artifact.lineage.steps[-1].decisions)
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
-def changed(artifact: Artifact) -> dict[str, torch.Tensor]:
-    """The tensors that were pruned, as they lie on disk."""
-    assert artifact.lineage is not None
-    meant = artifact.lineage.tensors
-    return {name: tensor for name, tensor in tensors(artifact.path).items() if meant[name].changed}
 
 
 def in_memory(model: Any, **options: Any) -> None:
@@ -194,7 +156,7 @@ def test_zeros_survive_rounding(
 ) -> None:
     source = models_zoo.write("llama", tmp_path)
     pruned = prune(source, tmp_path / "pruned", **options)
-    rounded = apply(f"quantize.{method}", pruned.path, tmp_path / "rounded", group_size=16, **rounding)
+    rounded = applied(f"quantize.{method}", pruned.path, tmp_path / "rounded", group_size=16, **rounding)
     model = transformers.LlamaForCausalLM.from_pretrained(rounded.path)
     with torch.no_grad():
         # Its first forward pass makes it dense.
@@ -243,16 +205,9 @@ def test_weights_that_move_out_of_range_are_refused_before_they_are_written(tmp_
 
 def test_a_run_that_is_killed_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     source = models_zoo.write("llama", tmp_path)
-    options = {"ratios": "outliers", "outlier_factor": 2.0}
-    whole = prune(source, tmp_path / "whole", **options)
-    with pytest.raises(Killed):
-        prune(source, tmp_path / "out", KillingRecorder("layer.solve", 9), **options)
-    again = Recorder()
-    resumed = prune(source, tmp_path / "out", again, **options)
+    recipe = recipe_of("prune.sparsegpt", source, tmp_path, ratios="outliers", outlier_factor=2.0)
+    again = killed_and_resumed(recipe, tmp_path, "layer.solve", 9)
     assert again.count("block.resume") == 1
-    for file in sorted(whole.path.iterdir()):
-        if file.name not in ("compress.run.json", LAYERS_FILE):
-            assert (resumed.path / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 @SLOW

@@ -9,60 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
-from compress import engine
 from compress.core.artifact import Artifact
 from compress.core.errors import PlanError
 from compress.core.run import CalibrationSource, Run
 from compress.prune.width import Width
 from tests import models_zoo
-from tests.dummies import Killed, KillingRecorder
 from tests.marks import slow_but
-from tests.prune.test_width import calibration, decisions, kept, loaded, without, write
+from tests.prune.test_width import prune, without
+from tests.single_steps import calibration, decisions, killed_and_resumed, loaded, numbers, recipe_of
 
 WIDTH = 32
-
-
-def prune(source: Path, out: Path, task: str = "auto", **options: Any) -> Artifact:
-    recipe = {
-        "model": str(source),
-        "task": task,
-        "steps": [{"use": "prune.width", **options}],
-        "data": calibration(out.parent),
-        "threads": 1,
-        "device": "cpu",
-    }
-    return Artifact.open(engine.run(recipe, out, single=True).final)
-
-
-def t5(folder: Path) -> Path:
-    torch.manual_seed(0)
-    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    config = transformers.T5Config(vocab_size=models_zoo.VOCABULARY, **sizes, feed_forward_proj="gated-gelu")
-    model = transformers.T5Model(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder / "t5")
-    return folder / "t5"
-
-
-def olmo2(folder: Path) -> Path:
-    """Norms behind attention and MLP, and one over all queries that is as wide as the hidden state."""
-    torch.manual_seed(0)
-    model = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**models_zoo._DECODER))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder / "olmo2")
-    return folder / "olmo2"
-
-
-def source_of(name: str, folder: Path) -> Path:
-    made = {"t5": t5, "olmo2": olmo2}
-    return made[name](folder) if name in made else write(name, folder)
 
 
 class OverKept(nn.Module):
@@ -121,16 +79,16 @@ ALONE = ("llama", "llama-tied", "qwen2-sliding", "qwen3", "mistral", "phi", "phi
 TOGETHER = ("gpt2", "opt", "gpt-neox", "bert", "distilbert", "modernbert", "albert")
 
 
-@pytest.mark.parametrize("name", slow_but(("llama", "bert"), [*ALONE, *TOGETHER, "t5"]))
+@pytest.mark.parametrize("name", slow_but(("llama", "bert"), [*ALONE, *TOGETHER, "t5-model"]))
 def test_it_computes_what_the_big_model_does_without_these_channels(name: str, tmp_path: Path) -> None:
-    source = source_of(name, tmp_path)
+    source = models_zoo.write(name, tmp_path)
     heads = 0.75 if name in TOGETHER else 1.0
-    task = {"task": "feature-extraction"} if name == "t5" else {}
-    out = prune(source, tmp_path / "out", mlp=0.5, heads=heads, hidden=0.75, multiple=8, **task)
+    around = {"task": "feature-extraction"} if name == "t5-model" else {}
+    out = prune(source, tmp_path / "out", mlp=0.5, heads=heads, hidden=0.75, multiple=8, around=around)
     said = decisions(out)
     assert said["shape"]["hidden"]["got"] == 24
     small, big = loaded(out.path), loaded(source)
-    channels = kept(said["hidden_kept"])
+    channels = numbers(said["hidden_kept"])
     assert len(channels) == 24
     big = without(without_channels(big, channels), said["layers"])
     (expected,), (found,) = outputs(big), outputs(small)
@@ -161,18 +119,20 @@ def test_heads_that_are_as_many_channels_have_to_be_asked_for_too(tmp_path: Path
     assert "--heads" in refused.value.hint
 
 
-@pytest.mark.parametrize("importance", ["activation", "taylor", "magnitude"])
+@pytest.mark.parametrize(
+    "importance", slow_but(("taylor", "magnitude"), ("activation", "taylor", "magnitude"))
+)
 def test_channels_of_the_stream_count_by_what_was_asked(importance: str, tmp_path: Path) -> None:
-    source = write("llama", tmp_path)
+    source = models_zoo.write("llama", tmp_path)
     out = prune(source, tmp_path / "out", keep=0.5, hidden=0.5, multiple=8, importance=importance)
     said = decisions(out)
     model = loaded(source)
     sums, parts = by_hand(model, importance)
-    assert kept(said["hidden_kept"]) == sorted(sums.topk(16).indices.tolist())
+    assert numbers(said["hidden_kept"]) == sorted(sums.topk(16).indices.tolist())
     for name, row in said["layers"].items():
         if row["kind"] == "mlp" and importance != "activation":
             best = parts[name].topk(row["kept_parts"]).indices
-            assert kept(row["kept"]) == sorted(best.tolist())
+            assert numbers(row["kept"]) == sorted(best.tolist())
 
 
 def by_hand(model: Any, importance: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -221,7 +181,7 @@ def test_gradients_need_a_loss(tmp_path: Path) -> None:
 
 
 def test_key_value_groups_go_with_their_heads(tmp_path: Path) -> None:
-    source = write("qwen3-eight", tmp_path)
+    source = models_zoo.write("qwen3-eight", tmp_path)
     out = prune(source, tmp_path / "a" / "out", mlp=1.0, key_value_groups=0.5)
     heads = decisions(out)["shape"]["heads"]
     assert (heads["got"], heads["key_value_got"]) == (4, 1)
@@ -231,11 +191,11 @@ def test_key_value_groups_go_with_their_heads(tmp_path: Path) -> None:
 
 
 def test_layers_that_read_the_stream_are_fitted_to_what_they_said(tmp_path: Path) -> None:
-    source = write("llama", tmp_path)
+    source = models_zoo.write("llama", tmp_path)
     plain = prune(source, tmp_path / "a" / "out", keep=1, hidden=0.5, multiple=8)
     out = prune(source, tmp_path / "b" / "out", keep=1, hidden=0.5, multiple=8, repair=True)
     said = decisions(out)
-    assert kept(said["hidden_kept"]) == kept(decisions(plain)["hidden_kept"])
+    assert numbers(said["hidden_kept"]) == numbers(decisions(plain)["hidden_kept"])
     assert set(said["layers"]) == {
         f"model.layers.{n}.{layer}"
         for n in range(3)
@@ -260,17 +220,6 @@ def test_layers_that_read_the_stream_are_fitted_to_what_they_said(tmp_path: Path
     ],
 )
 def test_a_run_that_is_killed_resumes_to_the_same_bytes(event: str, number: int, tmp_path: Path) -> None:
-    source = write("llama", tmp_path)
-    recipe = {
-        "model": str(source),
-        "steps": [{"use": "prune.width", "keep": 0.5, "hidden": 0.5, "multiple": 8}],
-        "data": calibration(tmp_path),
-        "threads": 1,
-    }
-    whole = engine.run(recipe, tmp_path / "whole", single=True).final
-    with pytest.raises(Killed):
-        engine.run(recipe, tmp_path / "out", single=True, reporter=KillingRecorder(event, number))
-    resumed = engine.run(recipe, tmp_path / "out", single=True).final
-    for file in sorted(whole.iterdir()):
-        if file.name not in ("compress.run.json",):
-            assert (resumed / file.name).read_bytes() == file.read_bytes(), file.name
+    source = models_zoo.write("llama", tmp_path)
+    recipe = recipe_of("prune.width", source, tmp_path, keep=0.5, hidden=0.5, multiple=8)
+    killed_and_resumed(recipe, tmp_path, event, number)

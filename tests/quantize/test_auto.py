@@ -20,17 +20,24 @@ from compress.quantize.auto import Auto
 from tests import models_zoo
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> dict[str, Any]:
-    save_file({"input_ids": models_zoo.tokens(8, 12)}, tmp_path / "tokens.safetensors")
-    return {
-        "device": "cpu",
-        "data": {
-            "calibration": str(tmp_path / "tokens.safetensors"),
-            "samples": 8,
-            "sequence_length": 12,
-        },
-    }
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    file = tmp_path_factory.mktemp("text") / "tokens.safetensors"
+    save_file({"input_ids": models_zoo.tokens(8, 12)}, file)
+    return {"device": "cpu", "data": {"calibration": str(file), "samples": 8, "sequence_length": 12}}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models_zoo.write("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def whole(
+    recipe: dict[str, Any], llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Artifact, dict[str, Any]]:
+    """The model under a budget of 3.7 bits, and what was decided."""
+    return made(recipe, llama, tmp_path_factory.mktemp("whole") / "out", bits_per_weight=3.7)
 
 
 def made(recipe: dict[str, Any], model: Path, out: Path, **options: Any) -> tuple[Artifact, dict[str, Any]]:
@@ -55,12 +62,7 @@ def bits_on_disk(artifact: Artifact) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize(
-    "budget", [pytest.param(3.0, marks=pytest.mark.slow), 3.7, pytest.param(4.5, marks=pytest.mark.slow)]
-)
-def test_an_average_of_bits_is_kept_and_used(budget: float, recipe: dict[str, Any], tmp_path: Path) -> None:
-    model = models_zoo.write("llama", tmp_path)
-    artifact, decided = made(recipe, model, tmp_path / "out", bits_per_weight=budget)
+def check_average(budget: float, artifact: Artifact, decided: dict[str, Any]) -> None:
     assert budget - 0.3 < decided["bits_per_weight"] <= budget
     on_disk = bits_on_disk(artifact)
     chosen = {name: part["bits"] for names, part in decided["parts"].items() for name in names.split()}
@@ -69,6 +71,18 @@ def test_an_average_of_bits_is_kept_and_used(budget: float, recipe: dict[str, An
     with torch.no_grad():
         loaded = transformers.AutoModelForCausalLM.from_pretrained(artifact.path)
         assert torch.isfinite(loaded(input_ids=models_zoo.tokens(1, 8)).logits).all()
+
+
+def test_an_average_of_bits_is_kept_and_used(whole: tuple[Artifact, dict[str, Any]]) -> None:
+    check_average(3.7, *whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [3.0, 4.5])
+def test_other_averages_are_kept_too(
+    budget: float, recipe: dict[str, Any], llama: Path, tmp_path: Path
+) -> None:
+    check_average(budget, *made(recipe, llama, tmp_path / "out", bits_per_weight=budget))
 
 
 def test_bits_go_where_they_are_worth_most(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -119,22 +133,23 @@ def test_experts_have_one_number_of_bits(recipe: dict[str, Any], tmp_path: Path)
 
 
 def test_an_interrupted_run_measures_nothing_twice(
-    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: dict[str, Any],
+    llama: Path,
+    whole: tuple[Artifact, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = models_zoo.write("llama", tmp_path)
-    whole, _ = made(recipe, model, tmp_path / "whole", bits_per_weight=4.0)
-
     def broken(*_: object) -> None:
         raise RuntimeError("the power is gone")
 
     with monkeypatch.context() as patched:
         patched.setattr("compress.sweep.quantization.quantize", broken)
         with pytest.raises(RuntimeError, match="power"):
-            made(recipe, model, tmp_path / "again", bits_per_weight=4.0)
+            made(recipe, llama, tmp_path / "again", bits_per_weight=3.7)
     with monkeypatch.context() as patched:
         patched.setattr("compress.sweep.sensitivity._Measurement._measured", broken)
-        again, _ = made(recipe, model, tmp_path / "again", bits_per_weight=4.0)
-    assert again.digest == whole.digest
+        again, _ = made(recipe, llama, tmp_path / "again", bits_per_weight=3.7)
+    assert again.digest == whole[0].digest
 
 
 def test_the_budget_is_one_and_can_be_met(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from compress.engine.planning import expanded
 from compress.quantize.awq import Awq
 from tests import models_zoo
 from tests.dummies import Killed, KillingRecorder, Recorder
-from tests.transform.test_smoothquant import calibration
+from tests.single_steps import calibration
 
 OPTIONS = {"bits": 4, "group_size": 16}
 

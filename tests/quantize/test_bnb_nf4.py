@@ -15,6 +15,8 @@ from compress.core.errors import EnvironmentFault, PlanError, UsageError, Verifi
 from compress.core.run import Run
 from compress.sweep.verification import verify_weights
 from tests import models_zoo
+from tests.marks import slow_but
+from tests.single_steps import tensors
 
 FORMS: dict[str, dict[str, Any]] = {
     "bnb_nf4": {
@@ -33,7 +35,7 @@ def made(method: str, model: Path, out: Path, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("method", FORMS)
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "opt", "bert"])
+@pytest.mark.parametrize("name", slow_but(("llama", "bert"), ("llama", "qwen3", "gemma2", "opt", "bert")))
 def test_the_bytes_are_those_of_transformers(method: str, name: str, tmp_path: Path) -> None:
     model = models_zoo.write(name, tmp_path, dtype=torch.bfloat16)
     ours = made(method, model, tmp_path / "ours")
@@ -41,7 +43,7 @@ def test_the_bytes_are_those_of_transformers(method: str, name: str, tmp_path: P
     asked = transformers.BitsAndBytesConfig(**FORMS[method], llm_int8_skip_modules=_skipped(ours))
     theirs = kind.from_pretrained(model, quantization_config=asked, device_map="cpu")
     theirs.save_pretrained(tmp_path / "theirs")
-    found, expected = _tensors(ours), _tensors(tmp_path / "theirs")
+    found, expected = tensors(ours), tensors(tmp_path / "theirs")
     assert set(found) == set(expected)
     for tensor in expected:
         assert torch.equal(found[tensor], expected[tensor]), tensor
@@ -59,10 +61,6 @@ def _skipped(folder: Path) -> list[str]:
     )
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
-
-
 @pytest.mark.parametrize("method", FORMS)
 def test_it_is_verified_and_its_damage_is_found(method: str, tmp_path: Path) -> None:
     folder = made(method, models_zoo.write("llama", tmp_path), tmp_path / "out")
@@ -72,10 +70,10 @@ def test_it_is_verified_and_its_damage_is_found(method: str, tmp_path: Path) -> 
     # One bit of one matrix, in a file that is otherwise whole.
     lineage = Artifact.open(folder).lineage
     assert lineage is not None
-    for name, value in _tensors(folder).items():
+    for name, value in tensors(folder).items():
         if name.endswith("layers.1.mlp.up_proj.weight"):
             value.view(torch.uint8)[3, 0] ^= 1
-            damaged = {**_tensors(folder), name: value}
+            damaged = {**tensors(folder), name: value}
     for file in folder.glob("*.safetensors"):
         here = load_file(file)
         save_file({name: damaged[name] for name in here}, file, metadata={"format": "pt"})
@@ -88,7 +86,7 @@ def test_it_is_verified_and_its_damage_is_found(method: str, tmp_path: Path) -> 
 def test_ignored_modules_stay_in_floats(method: str, tmp_path: Path) -> None:
     model = models_zoo.write("llama", tmp_path)
     folder = made(method, model, tmp_path / "out", ignore=["*.down_proj"])
-    found, before = _tensors(folder), _tensors(model)
+    found, before = tensors(folder), tensors(model)
     for block in range(3):
         name = f"model.layers.{block}.mlp.down_proj.weight"
         assert torch.equal(found[name], before[name])
@@ -116,6 +114,6 @@ def test_what_cannot_be_held_is_refused_by_name(
 
 def test_magnitudes_may_stay_in_floats(tmp_path: Path) -> None:
     model = models_zoo.write("llama", tmp_path)
-    tensors = _tensors(made("bnb_nf4", model, tmp_path / "out", double_quantization=False))
-    assert tensors["model.layers.0.mlp.up_proj.weight.absmax"].dtype == torch.float32
-    assert not any("nested" in name for name in tensors)
+    held = tensors(made("bnb_nf4", model, tmp_path / "out", double_quantization=False))
+    assert held["model.layers.0.mlp.up_proj.weight.absmax"].dtype == torch.float32
+    assert not any("nested" in name for name in held)

@@ -14,7 +14,7 @@ from compress.models.tasks import resolve
 from compress.quantize.smoothquant import SmoothQuant
 from compress.runtimes import Placement, find
 from tests import models_zoo
-from tests.transform.test_smoothquant import calibration
+from tests.single_steps import calibration
 
 
 def recipe(source: Path, folder: Path, *steps: dict[str, Any]) -> dict[str, Any]:

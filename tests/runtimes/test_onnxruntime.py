@@ -15,8 +15,8 @@ from tests.exported_models import Exported
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Exported:
-    return exported_models.decoder()
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return exported_models.decoder(tmp_path_factory)
 
 
 def session(folder: Path) -> Session:

@@ -16,6 +16,7 @@ from compress.models.tasks import resolve
 from compress.numerics.floats import from_e2m1, to_e2m1, to_e4m3
 from compress.runtimes import Placement, Session, Unavailable, find, names
 from tests import models_zoo, quantized_models
+from tests.marks import slow_but
 
 
 def session(folder: Path, dtype: str = "float32", task: str = "auto") -> Session:
@@ -179,14 +180,22 @@ def _rounded_inputs(
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"activations": "dynamic"},
-        {"activations": "static"},
-        {"format": "fp8", "activations": "dynamic"},
-        {"format": "fp8", "activations": "static"},
-        {"format": "nvfp4", "activations": "static"},
-        {"format": "mxfp4", "activations": "dynamic"},
-    ],
+    slow_but(
+        [
+            {"activations": "dynamic"},
+            {"format": "fp8", "activations": "static"},
+            {"format": "nvfp4", "activations": "static"},
+            {"format": "mxfp4", "activations": "dynamic"},
+        ],
+        [
+            {"activations": "dynamic"},
+            {"activations": "static"},
+            {"format": "fp8", "activations": "dynamic"},
+            {"format": "fp8", "activations": "static"},
+            {"format": "nvfp4", "activations": "static"},
+            {"format": "mxfp4", "activations": "dynamic"},
+        ],
+    ),
     ids=lambda options: "-".join(options.values()),
 )
 def test_inputs_are_rounded_in_front_of_every_layer(options: dict[str, str], tmp_path: Path) -> None:

@@ -11,18 +11,9 @@ from compress.core.errors import CalibrationError
 from compress.models.blocks import find_blocks
 from compress.sweep import depth_loss
 from tests import models_zoo
-from tests.depth_models import (
-    LENGTH,
-    SAMPLES,
-    decisions,
-    five_layers,
-    loaded,
-    numbers,
-    outputs,
-    prune,
-    without,
-)
+from tests.depth_models import five_layers, prune, without
 from tests.marks import slow_but
+from tests.single_steps import LENGTH, SAMPLES, decisions, loaded, numbers, outputs
 
 
 def losses(source: Path, gone: Sequence[int]) -> float:

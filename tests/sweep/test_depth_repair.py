@@ -14,19 +14,10 @@ from compress.prune.depth import Depth
 from compress.sweep import shortening
 from compress.sweep.depth_choice import Judgement
 from tests import models_zoo
-from tests.depth_models import (
-    LENGTH,
-    calibration,
-    decisions,
-    five_layers,
-    going,
-    loaded,
-    outputs,
-    prune,
-    tensors,
-)
+from tests.depth_models import five_layers, going, prune
 from tests.dummies import Recorder
 from tests.marks import slow_but
+from tests.single_steps import LENGTH, calibration, decisions, loaded, outputs, tensors
 
 REPAIRED = ("llama", "gpt2", "gpt-neox", "phi", "opt", "qwen2-sliding")
 
@@ -104,7 +95,9 @@ def test_a_text_of_few_tokens_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     assert any("fewer calibration tokens than they have inputs" in message for message in recorder.messages)
 
 
-@pytest.mark.parametrize("name", ["bert", "gemma2", "gemma3", "mixtral", "qwen2-moe"])
+@pytest.mark.parametrize(
+    "name", slow_but(("bert", "gemma2", "mixtral"), ("bert", "gemma2", "gemma3", "mixtral", "qwen2-moe"))
+)
 def test_a_repair_is_refused_where_no_layer_can_carry_it(name: str, tmp_path: Path) -> None:
     source = Artifact.open(models_zoo.write(name, tmp_path))
     run = Run(calibration=CalibrationSource(calibration(tmp_path)["calibration"]))

@@ -15,16 +15,8 @@ from compress.models.blocks import find_blocks
 from compress.numerics.similarity import Influence
 from compress.sweep import depth_scan
 from tests import models_zoo
-from tests.depth_models import (
-    LENGTH,
-    SAMPLES,
-    decisions,
-    five_layers,
-    loaded,
-    numbers,
-    outputs,
-    prune,
-)
+from tests.depth_models import five_layers, prune
+from tests.single_steps import LENGTH, SAMPLES, decisions, loaded, numbers, outputs
 
 
 def states(model: Any) -> list[torch.Tensor]:

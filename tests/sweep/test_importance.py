@@ -16,7 +16,9 @@ from compress.models.blocks import find_blocks
 from compress.sweep import importance
 from compress.sweep.importance import Importance, measure_importance
 from tests import models_zoo
-from tests.depth_models import LENGTH, SAMPLES, loaded, outputs, without
+from tests.depth_models import without
+from tests.marks import slow_but
+from tests.single_steps import LENGTH, SAMPLES, loaded, outputs
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def reading(model: Any, layer: str) -> torch.Tensor:
     return seen[0]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "modernbert"])
+@pytest.mark.parametrize("name", slow_but(("llama", "bert"), ("llama", "gpt2", "bert", "modernbert")))
 def test_blocks_heads_and_channels_are_measured(name: str, tmp_path: Path, run: Run) -> None:
     found, source = measured(name, tmp_path, run)
     assert found.tokens == SAMPLES * LENGTH

@@ -1,13 +1,13 @@
 """A block as one problem: its error and gradients, the original model's stream, and resuming with it."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, final
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -25,6 +25,8 @@ from compress.sweep.sweep import Sweep
 from compress.sweep.treatment import Replacement, Treated
 from tests import models_zoo
 from tests.dummies import Recorder
+from tests.marks import slow_but
+from tests.single_steps import tensors
 from tests.sweep.dense import Dense, DenseTreatment
 
 CPU = torch.device("cpu")
@@ -135,13 +137,25 @@ def states(folder: Path, name: str) -> list[torch.Tensor]:
 
 
 NAMES = ["llama", "qwen2-sliding", "gemma3", "mixtral", "bert", "opt"]
+STANDING_FOR_OTHERS = ("qwen2-sliding", "mixtral", "bert")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_matrices_of_a_block_are_treated_together_after_each_was_alone(name: str, tmp_path: Path) -> None:
-    look = Look()
-    outcome, target, recorder = swept(name, tmp_path, look)
-    before, after = weights(tmp_path / name), weights(target)
+@pytest.fixture(scope="module")
+def looked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path, Recorder, Look]]:
+    """The treatment of each model with a look at it, done once."""
+
+    @cache
+    def once(name: str) -> tuple[Any, Path, Recorder, Look]:
+        look = Look()
+        return *swept(name, tmp_path_factory.mktemp(name), look), look
+
+    return once
+
+
+@pytest.mark.parametrize("name", slow_but(STANDING_FOR_OTHERS, NAMES))
+def test_the_matrices_of_a_block_are_treated_together_after_each_was_alone(name: str, looked: Any) -> None:
+    outcome, target, recorder, look = looked(name)
+    before, after = tensors(target.parent / name), tensors(target)
     changed = {tensor for tensor, meant in outcome.tensors.items() if meant.changed}
     assert changed
     for tensor, value in before.items():
@@ -153,25 +167,27 @@ def test_the_matrices_of_a_block_are_treated_together_after_each_was_alone(name:
     assert recorder.count("block.joint") == 3 == len(look.slopes)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_those_of_the_error(name: str, tmp_path: Path) -> None:
-    look = Look()
-    swept(name, tmp_path, look)
+@pytest.mark.parametrize("name", slow_but(STANDING_FOR_OTHERS, NAMES))
+def test_gradients_are_those_of_the_error(name: str, looked: Any) -> None:
+    *_, look = looked(name)
     for found, expected in look.slopes:
         assert found == pytest.approx(expected, rel=0.03, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "gemma3", "bert"])
-def test_a_block_is_held_to_the_original_on_the_original_activations(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", slow_but(("qwen2-sliding", "bert"), ("llama", "qwen2-sliding", "gemma3", "bert"))
+)
+def test_a_block_is_held_to_the_original_on_the_original_activations(
+    name: str, looked: Any, tmp_path: Path
+) -> None:
     """With the source's weights in block k, the error is how far the blocks before it led away."""
-    look = Look()
-    _, target, _ = swept(name, tmp_path, look)
-    plain = states(tmp_path / name, name)
+    _, target, _, look = looked(name)
+    plain = states(target.parent / name, name)
     assert look.errors[0] == 0
     for position in (1, 2):
         mixed = tmp_path / f"mixed-{position}"
         model = (AutoModel if name in models_zoo.ENCODERS else AutoModelForCausalLM).from_pretrained(target)
-        source = type(model).from_pretrained(tmp_path / name)
+        source = type(model).from_pretrained(target.parent / name)
         find_blocks(model)[position].module.load_state_dict(find_blocks(source)[position].module.state_dict())
         model.save_pretrained(mixed)
         error = (states(mixed, name)[position] - plain[position]).square().mean()
@@ -237,7 +253,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_bytes(name: str, position: int, 
         "samples": SAMPLES,
         "sequence_length": LENGTH,
     }
-    step = {"use": "quantize.autoround", "bits": 2, "group_size": 16, "iterations": 6}
+    step = {"use": "quantize.autoround", "bits": 2, "group_size": 16, "iterations": 6, "start": "nearest"}
     recipe = {"model": str(model), "threads": 1, "data": {**text, "batch_size": 2}, "steps": [step]}
     whole = engine.run(recipe, tmp_path / "whole", single=True).final
     with pytest.raises(Stopped):
@@ -260,11 +276,3 @@ def test_only_the_matrices_of_the_block_need_gradients(tmp_path: Path) -> None:
     SweptBlock(block, matrices, model, None, None, Run())  # type: ignore[arg-type]
     needing = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert needing == {matrix.parameter for matrix in matrices}
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as handle:
-            tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    return tensors

@@ -1,38 +1,35 @@
 """Repairs of width pruning, against least squares on what the layers of the whole model read."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from compress import engine
 from compress.core.artifact import Artifact
 from compress.core.run import CalibrationSource, Run
 from compress.numerics.least_squares import COLUMNS_RIDGE
 from compress.prune.width import Width
 from tests import models_zoo
-from tests.depth_models import LENGTH, calibration, decisions, loaded, numbers, outputs, tensors
-from tests.dummies import Killed, KillingRecorder, Recorder
+from tests.dummies import Recorder
 from tests.marks import slow_but
+from tests.single_steps import (
+    LENGTH,
+    applied,
+    calibration,
+    decisions,
+    killed_and_resumed,
+    loaded,
+    numbers,
+    outputs,
+    recipe_of,
+    tensors,
+)
 
 SAMPLES = 96
 
-
-def recipe_of(source: Path, folder: Path, samples: int = SAMPLES, **options: Any) -> dict[str, Any]:
-    return {
-        "model": str(source),
-        "steps": [{"use": "prune.width", "keep": 0.5, **options}],
-        "data": calibration(folder, samples),
-        "threads": 1,
-        "device": "cpu",
-    }
-
-
-def prune(source: Path, out: Path, reporter: Any = None, samples: int = SAMPLES, **options: Any) -> Artifact:
-    extra = {} if reporter is None else {"reporter": reporter}
-    recipe = recipe_of(source, out.parent, samples, **options)
-    return Artifact.open(engine.run(recipe, out, single=True, **extra).final)
+prune = partial(applied, "prune.width", samples=SAMPLES, keep=0.5)
 
 
 def matrix(model: Any, name: str) -> torch.Tensor:
@@ -128,14 +125,10 @@ def test_a_text_of_few_tokens_is_named(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_killed_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    recipe = recipe_of(models_zoo.write("qwen3", tmp_path), tmp_path, repair=True)
-    whole = engine.run(recipe, tmp_path / "whole", single=True).final
-    with pytest.raises(Killed):
-        engine.run(recipe, tmp_path / "out", single=True, reporter=KillingRecorder("layer.solve", 4))
-    resumed = engine.run(recipe, tmp_path / "out", single=True).final
-    for file in sorted(whole.iterdir()):
-        if file.name != "compress.run.json":
-            assert (resumed / file.name).read_bytes() == file.read_bytes(), file.name
+    recipe = recipe_of(
+        "prune.width", models_zoo.write("qwen3", tmp_path), tmp_path, SAMPLES, keep=0.5, repair=True
+    )
+    killed_and_resumed(recipe, tmp_path, "layer.solve", 4)
 
 
 def test_a_repair_is_predicted_to_take_more(tmp_path: Path) -> None:

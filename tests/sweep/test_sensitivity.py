@@ -22,6 +22,7 @@ from compress.sweep.selection import select
 from compress.sweep.sensitivity import EXPERTS, Sensitivity, measure
 from compress.sweep.walk import placed_skeleton
 from tests import models_zoo
+from tests.marks import slow_but
 
 
 def measured(source: Artifact, run: Run, *bits: int) -> list[Sensitivity]:
@@ -52,7 +53,9 @@ def divergence(model: Any, part: tuple[str, ...], bits: int) -> float:
     return float((wanted.exp() * (wanted - said)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "qwen2-sliding", "gemma3", "phi"])
+@pytest.mark.parametrize(
+    "name", slow_but(("llama-tied", "gemma3"), ("llama-tied", "qwen2-sliding", "gemma3", "phi"))
+)
 def test_it_is_the_divergence_of_a_plain_forward_pass(name: str, run: Run, tmp_path: Path) -> None:
     source = Artifact.open(models_zoo.write(name, tmp_path))
     found = measured(source, run, 3, 8)

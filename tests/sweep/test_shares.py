@@ -73,7 +73,7 @@ def scores_of(model: Any, prefix: str) -> dict[str, torch.Tensor]:
 # -- by outliers ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2-sliding"])
+@pytest.mark.parametrize("name", slow_but(("gemma3",), ("llama", "gemma3", "qwen2-sliding")))
 def test_outliers_are_those_of_whole_forward_passes(name: str, run: Run, tmp_path: Path) -> None:
     source = Artifact.open(models_zoo.write(name, tmp_path))
     masker = Wanda(sparsity=0.6, ratios="outliers", outlier_factor=2.5, spread=0.1)

@@ -13,11 +13,11 @@ from compress.models.folds import Fold
 from compress.models.stream import Stream
 from compress.sweep import slice_plan
 from compress.sweep.slice_plan import SlicePlan, Width, plan_slicing, same_norm
-from tests.prune.test_slice import write
+from tests import models_zoo
 
 
 def planned(name: str, folder: Path, share: float = 0.75) -> SlicePlan:
-    return plan_slicing(Width(share), Artifact.open(write(name, folder)), Run())
+    return plan_slicing(Width(share), Artifact.open(models_zoo.write(name, folder)), Run())
 
 
 def test_what_an_embedding_multiplies_by_may_follow_the_hidden_size(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from compress.core.artifact import Artifact, Lineage, StepRecord
-from compress.core.errors import VerificationError
+from compress.core.errors import PlanError, VerificationError
 from compress.core.run import Run
 from compress.quantize.rtn import Rtn
-from compress.sweep.verification import verify_weights
+from compress.sweep import verification
+from compress.sweep.verification import rehearse, verify_weights
 from tests import models_zoo
 
 LAYER = "model.layers.1.self_attn.q_proj"
@@ -144,3 +145,24 @@ def test_a_missing_and_an_unexpected_tensor(made: tuple[Artifact, Path, Lineage]
     edit(target / SHARD, lambda tensors: operator.delitem(tensors, f"{LAYER}.weight_scale"))
     with pytest.raises(VerificationError, match="q_proj"):
         verify(source, target, lineage)
+
+
+def test_a_configuration_is_rehearsed_once_and_refused_as_often_as_it_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Artifact.open(models_zoo.write("llama", tmp_path))
+    tried = []
+
+    def prepared(artifact: Artifact, quantization: dict[str, int], run: Run) -> None:
+        tried.append(quantization)
+        if quantization["bits"] == 3:
+            raise PlanError("cannot be loaded", "use another")
+
+    monkeypatch.setattr(verification, "prepared", prepared)
+    for bits in (4, 4, 3, 3):
+        if bits == 4:
+            rehearse(source, {"bits": bits}, Run())
+            continue
+        with pytest.raises(PlanError, match=r"cannot be loaded \(hint: use another\)"):
+            rehearse(source, {"bits": bits}, Run())
+    assert tried == [{"bits": 4}, {"bits": 3}]

@@ -17,6 +17,7 @@ from compress.data.training import TrainingText
 from compress.training.loop import Batches, Loop, Trained
 from compress.training.objective import Losses, Objective
 from tests.dummies import Recorder
+from tests.marks import slow_but
 
 NUMBERS: dict[str, Any] = {
     "tokens": 240,
@@ -189,8 +190,13 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.parametrize("keep", ["best", "last"])
-@pytest.mark.parametrize(("name", "number"), MOMENTS)
+@pytest.mark.parametrize(
+    ("name", "number", "keep"),
+    slow_but(
+        [*((*moment, "best") for moment in MOMENTS[::2]), *((*moment, "last") for moment in MOMENTS[1::6])],
+        [(*moment, keep) for moment in MOMENTS for keep in ("best", "last")],
+    ),
+)
 def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
     name: str, number: int, keep: str, whole: tuple[Table, Trained], tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from compress.core.run import Run
 from compress.sweep.verification import verify_weights
 from compress.training.student import Student
 from tests import models_zoo
+from tests.marks import slow_but
 
 
 def student(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Artifact, Student]:
@@ -28,7 +29,10 @@ def finished(source: Artifact, target: Path, meant: dict[str, Meant]) -> None:
     verify_weights(Artifact.open(target), lineage, Run(), source)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "mixtral", "opt", "gpt-oss"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(("llama-tied", "gpt2", "mixtral"), ("llama", "llama-tied", "gpt2", "mixtral", "opt", "gpt-oss")),
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_that_were_not_trained_are_the_same_bytes(
     name: str, dtype: torch.dtype, tmp_path: Path
@@ -46,7 +50,13 @@ def test_weights_that_were_not_trained_are_the_same_bytes(
     finished(source, target, meant)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "mixtral", "opt", "gpt-oss", "gemma3"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ("llama-tied", "gpt2", "gpt-oss"),
+        ("llama", "llama-tied", "gpt2", "mixtral", "opt", "gpt-oss", "gemma3"),
+    ),
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trained_weights_load_as_they_were_meant(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     source, trained = student(name, tmp_path, dtype)

@@ -19,17 +19,8 @@ from compress.transform.awq import Awq
 from compress.transform.smoothquant import SmoothQuant
 from tests import models_zoo
 from tests.marks import slow_but
-from tests.transform.test_smoothquant import (
-    LENGTH,
-    SAMPLES,
-    calibration,
-    check_changed,
-    decisions,
-    loaded,
-    same,
-    tensors,
-    transformed,
-)
+from tests.single_steps import LENGTH, SAMPLES, applied, calibration, decisions, loaded, tensors
+from tests.transform.test_smoothquant import check_changed, same
 
 
 def outlying(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -115,7 +106,7 @@ def test_weights_may_weigh_in() -> None:
 @pytest.mark.parametrize("name", slow_but(("llama", "gpt-oss", "opt", "bert"), models_zoo.CONFIGURATIONS))
 def test_the_model_computes_what_it_computed(name: str, tmp_path: Path) -> None:
     source = models_zoo.write(name, tmp_path)
-    out = transformed(source, tmp_path / "out", "transform.awq", bits=3, group_size=8, grid=4)
+    out = applied("transform.awq", source, tmp_path / "out", bits=3, group_size=8, grid=4)
     same(source, out.path)
     check_changed(source, out)
     said = decisions(out)
@@ -126,10 +117,8 @@ def test_the_model_computes_what_it_computed(name: str, tmp_path: Path) -> None:
 
 def test_what_is_chosen_in_the_sweep_is_what_the_layers_saw(tmp_path: Path) -> None:
     source = models_zoo.write("llama", tmp_path)
-    out = transformed(
-        source, tmp_path / "out", "transform.awq", bits=3, group_size=16, integer_range="narrow"
-    )
-    model, old, new = loaded(source), tensors(source), tensors(out.path)
+    out = applied("transform.awq", source, tmp_path / "out", bits=3, group_size=16, integer_range="narrow")
+    model, old, new = loaded(source, torch.float32), tensors(source), tensors(out.path)
     seen: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):

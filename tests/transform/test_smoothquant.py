@@ -5,10 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from safetensors.torch import load_file, save_file
 
-from compress import engine
 from compress.core.artifact import Artifact
 from compress.core.errors import CalibrationError, PlanError, UsageError, VerificationError
 from compress.core.run import CalibrationSource, Run
@@ -16,66 +13,28 @@ from compress.models import folds
 from compress.numerics.smoothing import Magnitudes, Reading, smoothing_scales
 from compress.transform.smoothquant import SmoothQuant
 from tests import models_zoo
-from tests.dummies import Killed, KillingRecorder, Recorder
 from tests.marks import slow_but
+from tests.single_steps import (
+    LENGTH,
+    SAMPLES,
+    applied,
+    calibration,
+    decisions,
+    killed_and_resumed,
+    loaded,
+    outputs,
+    recipe_of,
+    tensors,
+)
 
-SAMPLES, LENGTH = 6, 16
 WITHOUT_NORMS = ("bert", "albert")
 """Architectures whose norms follow the residual sum, so that none feeds linear layers alone."""
 
 
-def calibration(folder: Path) -> dict[str, Any]:
-    folder.mkdir(exist_ok=True)
-    file = folder / "tokens.safetensors"
-    save_file({"input_ids": models_zoo.tokens(SAMPLES, LENGTH)}, file)
-    return {"calibration": str(file), "samples": SAMPLES, "sequence_length": LENGTH, "batch_size": 2}
-
-
-def transformed(source: Path, out: Path, use: str, reporter: Any = None, **options: Any) -> Artifact:
-    recipe = {
-        "model": str(source),
-        "steps": [{"use": use, **options}],
-        "data": calibration(out.parent),
-        "threads": 1,
-        "device": "cpu",
-    }
-    extra = {} if reporter is None else {"reporter": reporter}
-    return Artifact.open(engine.run(recipe, out, single=True, **extra).final)
-
-
-def decisions(artifact: Artifact) -> dict[str, Any]:
-    assert artifact.lineage is not None
-    return dict(artifact.lineage.steps[-1].decisions)
-
-
-def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model as its users load it; nothing missing, nothing unexpected, nothing of another shape."""
-    name = Artifact.open(folder).config["architectures"][0]
-    kind = getattr(transformers, name)
-    # Experts that are computed together are not computed in double precision.
-    model, said = kind.from_pretrained(
-        folder, output_loading_info=True, dtype=dtype, experts_implementation="eager"
-    )
-    assert not any(said.values()), said
-    return model.eval()
-
-
-def outputs(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=models_zoo.tokens(3, 12, seed=7))[0]
-
-
 def same(source: Path, out: Path) -> None:
     """The two models say the same, by their logits or hidden states in float32."""
-    before, after = outputs(loaded(source)), outputs(loaded(out))
+    before, after = outputs(loaded(source, torch.float32)), outputs(loaded(out, torch.float32))
     assert float((before - after).abs().max()) <= 1e-4 * float(before.abs().max())
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
 
 
 def check_changed(source: Path, out: Artifact) -> None:
@@ -97,7 +56,7 @@ def check_changed(source: Path, out: Artifact) -> None:
 )
 def test_the_model_computes_what_it_computed(name: str, tmp_path: Path) -> None:
     source = models_zoo.write(name, tmp_path)
-    out = transformed(source, tmp_path / "out", "transform.smoothquant", producers="all")
+    out = applied("transform.smoothquant", source, tmp_path / "out", producers="all")
     same(source, out.path)
     check_changed(source, out)
     said = decisions(out)
@@ -110,8 +69,8 @@ def test_the_model_computes_what_it_computed(name: str, tmp_path: Path) -> None:
 def test_norms_after_the_residual_sum_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
     source = models_zoo.write(name, tmp_path)
     with pytest.raises(PlanError, match=r"no layer's input can be scaled.*--producers all"):
-        transformed(source, tmp_path / "out", "transform.smoothquant")
-    out = transformed(source, tmp_path / "out", "transform.smoothquant", producers="all")
+        applied("transform.smoothquant", source, tmp_path / "out")
+    out = applied("transform.smoothquant", source, tmp_path / "out", producers="all")
     same(source, out.path)
     reasons = decisions(out)["unfolded"]
     assert any("beyond its block" in reason for reason in reasons.values())
@@ -119,11 +78,11 @@ def test_norms_after_the_residual_sum_are_refused_with_the_reason(name: str, tmp
 
 def test_the_factors_are_those_of_the_paper(tmp_path: Path) -> None:
     source = models_zoo.write("llama", tmp_path)
-    out = transformed(source, tmp_path / "out", "transform.smoothquant", alpha=0.75)
+    out = applied("transform.smoothquant", source, tmp_path / "out", alpha=0.75)
     assert decisions(out)["folds"] == 6
     inputs: dict[str, torch.Tensor] = {}
     for folder in (source, out.path):
-        model = loaded(folder)
+        model = loaded(folder, torch.float32)
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear):
                 module.register_forward_pre_hook(
@@ -169,10 +128,10 @@ def test_columns_of_one_channel_share_a_factor_and_unused_ones_keep_theirs() -> 
 
 def test_norms_alone_leave_other_layers_and_ignored_layers_stay(tmp_path: Path) -> None:
     source = models_zoo.write("qwen3", tmp_path)
-    out = transformed(
+    out = applied(
+        "transform.smoothquant",
         source,
         tmp_path / "out",
-        "transform.smoothquant",
         ignore=["model.layers.0.*", "*.layers.1.mlp.up_proj"],
     )
     said = decisions(out)
@@ -184,14 +143,14 @@ def test_norms_alone_leave_other_layers_and_ignored_layers_stay(tmp_path: Path) 
     assert said["unfolded"]["model.layers.1.mlp.gate_proj"] == "ignored"
     assert "norms alone" in said["unfolded"]["model.layers.2.mlp.down_proj"]
     with pytest.raises(UsageError, match="matches no module"):
-        transformed(source, tmp_path / "b" / "out", "transform.smoothquant", ignore=["nothing"])
+        applied("transform.smoothquant", source, tmp_path / "b" / "out", ignore=["nothing"])
 
 
 def test_half_precision_is_written_as_it_was(tmp_path: Path) -> None:
     source = models_zoo.write("gemma2", tmp_path, dtype=torch.bfloat16)
-    out = transformed(source, tmp_path / "out", "transform.smoothquant")
+    out = applied("transform.smoothquant", source, tmp_path / "out")
     assert {tensor.dtype for tensor in tensors(out.path).values()} == {torch.bfloat16}
-    before, after = outputs(loaded(source)), outputs(loaded(out.path))
+    before, after = outputs(loaded(source, torch.float32)), outputs(loaded(out.path, torch.float32))
     assert float((before - after).norm()) < 0.05 * float(before.norm())
 
 
@@ -204,7 +163,7 @@ def test_a_wrong_fold_is_caught_before_it_is_written(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(folds.Rescaling, "of", shifted)
     with pytest.raises(VerificationError, match="away from itself"):
-        transformed(source, tmp_path / "out", "transform.smoothquant")
+        applied("transform.smoothquant", source, tmp_path / "out")
 
 
 def test_inputs_that_are_not_finite_are_an_error_that_names_the_layer(
@@ -214,7 +173,7 @@ def test_inputs_that_are_not_finite_are_an_error_that_names_the_layer(
     add = Magnitudes.add
     monkeypatch.setattr(Magnitudes, "add", lambda self, rows: add(self, rows * float("inf")))
     with pytest.raises(CalibrationError, match=r"model\.layers\.0\.input_layernorm: .*NaN or infinite"):
-        transformed(source, tmp_path / "out", "transform.smoothquant")
+        applied("transform.smoothquant", source, tmp_path / "out")
 
 
 def test_calibration_text_is_needed(tmp_path: Path) -> None:
@@ -238,15 +197,7 @@ def test_calibration_text_is_needed(tmp_path: Path) -> None:
 )
 def test_a_run_that_is_killed_resumes_to_the_same_bytes(event: str, number: int, tmp_path: Path) -> None:
     source = models_zoo.write("opt", tmp_path)
-    whole = transformed(source, tmp_path / "whole", "transform.smoothquant", producers="all").path
-    with pytest.raises(Killed):
-        transformed(
-            source, tmp_path / "out", "transform.smoothquant", KillingRecorder(event, number), producers="all"
-        )
-    again = Recorder()
-    resumed = transformed(source, tmp_path / "out", "transform.smoothquant", again, producers="all").path
+    recipe = recipe_of("transform.smoothquant", source, tmp_path, producers="all")
+    again = killed_and_resumed(recipe, tmp_path, event, number)
     assert again.count("block.resume") > 0
     assert again.count("block.resume") + again.count("block.start") == 4
-    for file in sorted(whole.iterdir()):
-        if file.name != "compress.run.json":
-            assert (resumed / file.name).read_bytes() == file.read_bytes(), file.name

@@ -13,6 +13,7 @@ from compress.core.artifact import Artifact
 from compress.core.bench import Bench
 from compress.models.tasks import resolve
 from tests import models_zoo, quantized_models
+from tests.marks import slow_but
 
 WIDTH, HIDDEN, LAYERS, KEYS = 32, 64, 3, 16
 ATTENTION = LAYERS * (2 * WIDTH * WIDTH + 2 * WIDTH * KEYS)
@@ -60,7 +61,12 @@ def test_everything_stored_for_a_weight_counts(tmp_path: Path, bits: int, packin
     assert document["parts"]["embeddings"]["bits_per_parameter"] == 32.0
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt-neox", "mixtral", "bert", "modernbert", "gemma3"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ("gpt2", "mixtral", "bert"), ("gpt2", "opt", "gpt-neox", "mixtral", "bert", "modernbert", "gemma3")
+    ),
+)
 def test_every_block_has_attention_and_a_feed_forward_part(name: str, tmp_path: Path) -> None:
     document = measure_size(Artifact.open(models_zoo.write(name, tmp_path)))
     parts = document["parts"]
@@ -104,7 +110,7 @@ def test_parameters_of_bitsandbytes_are_those_of_the_model(
 @pytest.mark.parametrize(
     ("options", "bits"),
     [
-        ({"format": "fp8", "activations": "static"}, 8),
+        pytest.param({"format": "fp8", "activations": "static"}, 8, marks=pytest.mark.slow),
         ({"format": "nvfp4", "activations": "static"}, 4.5),
         ({"format": "mxfp4"}, 4.25),
     ],
