@@ -127,11 +127,12 @@ def check(spent: Spent, how: How, source: Artifact, run: Run) -> Needs:
     compute = 4 if run.device == "cpu" else loaded_dtype(source).itemsize
     whole = compute * sum(parameter.numel() for parameter in model.parameters())
     on_host = run.device == "cpu"
-    return Needs(
-        3 * max(needs.disk_bytes, search.disk_bytes),
-        needs.host_bytes + (whole if on_host else 0),
-        0 if on_host else max(needs.device_bytes, whole),
-        needs.seconds * (spent.trials + 1),
+    return replace(
+        needs,
+        disk_bytes=3 * max(needs.disk_bytes, search.disk_bytes),
+        host_bytes=needs.host_bytes + (whole if on_host else 0),
+        device_bytes=0 if on_host else max(needs.device_bytes, whole),
+        seconds=needs.seconds * (spent.trials + 1),
     )
 
 
