@@ -70,7 +70,7 @@ def render(readings: list[Reading], samples: int, imported: int, environment: di
         "# Peak memory against the memory of activations",
         "",
         f"`prune wanda` on a random Llama in float32, {LAYERS} blocks of width {HIDDEN}; {samples} x "
-        f"{LENGTH} calibration tokens, whose activations take {stream / 2**20:,.0f} MiB between two blocks. The "
+        f"{LENGTH} calibration tokens, whose activations take {stream / 2**20:,.0f} MiB between blocks. The "
         f"import alone: {imported / 2**20:,.0f} MiB. The command includes verification. Sizes in MiB.",
         "",
         "| `--activations-memory` | peak resident | peak anonymous | s | exit | weights (SHA-256) |",
