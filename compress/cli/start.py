@@ -20,7 +20,7 @@ from compress.core.recipe import Data, Recipe
 
 RUN_FIELDS = ("task", "seed", "device", "threads", "trust_remote_code")
 """Fields of `Recipe` that every command which runs something offers as flags."""
-DATA_FIELDS = ("calibration", "samples", "sequence_length", "batch_size")
+DATA_FIELDS = ("calibration", "samples", "sequence_length", "batch_size", "activations_memory")
 """Fields of `Data` that every such command offers."""
 TRAINING_FIELDS = ("train", "validation")
 """Fields of `Data` that commands offer which may train."""

@@ -12,7 +12,7 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -44,12 +44,36 @@ class Paper:
 
 @dataclass(frozen=True)
 class Needs:
-    """What applying a pass is predicted to take, before anything starts. Bytes and seconds."""
+    """What applying a pass is predicted to take, before anything starts. Bytes and seconds.
+
+    Attributes:
+        disk_bytes: on disk, the result and what lies there meanwhile.
+        host_bytes: of memory.
+        device_bytes: of the accelerator's memory.
+        seconds: of time.
+        activation_bytes: the part of ``host_bytes`` that may lie on disk instead: calibration activations.
+        spilled_bytes: of activations that do.
+    """
 
     disk_bytes: int
     host_bytes: int
     device_bytes: int
     seconds: float
+    activation_bytes: int = 0
+    spilled_bytes: int = 0
+
+    def within(self, activations_memory: int | None) -> "Needs":
+        """The needs where no more activations than that stay in memory."""
+        if activations_memory is None or self.activation_bytes <= activations_memory:
+            return self
+        beyond = self.activation_bytes - activations_memory
+        return replace(
+            self,
+            disk_bytes=self.disk_bytes + beyond,
+            host_bytes=self.host_bytes - beyond,
+            activation_bytes=activations_memory,
+            spilled_bytes=self.spilled_bytes + beyond,
+        )
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ words of the person who wrote it, with the line of the file where there is one.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -21,6 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from compress.core.bench import Bench
+from compress.core.budget import bytes_of
 from compress.core.errors import CompressError, UsageError, did_you_mean
 from compress.core.gate import Arms, Gate
 from compress.core.passes import Pass, build, find, invalid, name_of, names
@@ -29,6 +31,14 @@ from compress.core.run import LogService
 if TYPE_CHECKING:
     from yaml.nodes import Node
 
+
+def _a_size(value: str) -> str:
+    bytes_of(value)
+    return value
+
+
+Size = Annotated[str, AfterValidator(_a_size)]
+"""A number of bytes with a unit (``4GB``, ``600MiB``)."""
 _STRICT = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 _STEP_FAULT = "step"
 
@@ -107,6 +117,11 @@ class Data(BaseModel):
     samples: PositiveInt = Field(default=128, description="calibration sequences")
     sequence_length: PositiveInt = Field(default=512, description="tokens in each calibration sequence")
     batch_size: PositiveInt = Field(default=8, description="calibration sequences in one forward pass")
+    activations_memory: Size | None = Field(
+        default=None,
+        description="memory for what calibration sequences become from block to block, such as 4GB; the rest "
+        "lies on disk, and the result is the same; none takes half of what is free",
+    )
 
 
 @final

@@ -60,6 +60,8 @@ class Run:
         threads: torch's intra-operation threads; part of a step's identity, because other thread
             counts give other bytes.
         calibration: the calibration data, or none.
+        activations_memory: bytes of calibration activations that stay in memory while others go to disk; none
+            keeps all of them there. The result is the same.
         training: the training text, or none.
         models: folders of the other models that the method reads (a teacher), by the option that names them.
         log: where the progress of a training is shown beside its table, or nowhere.
@@ -74,6 +76,7 @@ class Run:
     device: Device = "cpu"
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     calibration: CalibrationSource | None = None
+    activations_memory: int | None = None
     training: TrainingSource | None = None
     models: Mapping[str, Path] = field(default_factory=dict)
     log: LogService | None = None

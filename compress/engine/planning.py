@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress.bench.host import free_bytes
 from compress.core.artifact import Artifact, Lineage
+from compress.core.budget import bytes_of
 from compress.core.errors import EnvironmentFault, PlanError
 from compress.core.events import SILENT, Reporter
 from compress.core.facts import MEANING, Fact
@@ -102,6 +104,7 @@ class Plan:
                     "host_bytes": step.needs.host_bytes,
                     "device_bytes": step.needs.device_bytes,
                     "seconds": step.needs.seconds,
+                    "spilled_bytes": step.needs.spilled_bytes,
                 }
             rows.append(row)
         return rows
@@ -224,11 +227,17 @@ def _circumstances(recipe: Recipe, reporter: Reporter) -> Run:
         device=device_of(recipe.device),
         threads=recipe.threads or os.cpu_count() or 1,
         calibration=calibration,
+        activations_memory=_activations_memory(recipe.data.activations_memory),
         training=training,
         log=recipe.log,
         trust_remote_code=recipe.trust_remote_code,
         reporter=reporter,
     )
+
+
+def _activations_memory(asked: str | None) -> int:
+    """Bytes of activations that may stay in memory: as asked, or half of what is free."""
+    return bytes_of(asked) if asked is not None else free_bytes() // 2
 
 
 def device_of(asked: str) -> Device:
@@ -338,7 +347,7 @@ def _planned(
         done = not fresh and (present is not None or (key is not None and key in recorded))
         needs = None
         if parent is not None and not done:
-            needs = method.check(parent, run_)
+            needs = method.check(parent, run_).within(run.activations_memory)
         steps.append(PlannedStep(use, method, target, key, done, needs))
         parent = present if done else None
         parent_digest = (present.digest if present else recorded.get(key or "")) if done else None
@@ -365,8 +374,6 @@ def _recorded_digests(folder: Target, count: int, recipe: Recipe, *, single: boo
 
 def _check_machine(steps: tuple[PlannedStep, ...], folder: Target, reporter: Reporter) -> None:
     """Refuse a run that the disk cannot hold; say so where memory looks short."""
-    import psutil
-
     needed = sum(step.needs.disk_bytes for step in steps if step.needs is not None)
     # What an interrupted run has written already need not be written again.
     needed -= sum(_written(step.target.partial) for step in steps if step.needs is not None)
@@ -376,8 +383,15 @@ def _check_machine(steps: tuple[PlannedStep, ...], folder: Target, reporter: Rep
             f"the run needs about {_mebibytes(needed)} of disk, {folder.path.parent} has {_mebibytes(room)}",
             "free some room, or give another --out",
         )
+    for step in steps:
+        if step.needs is not None and step.needs.spilled_bytes:
+            kept, beyond = map(_mebibytes, (step.needs.activation_bytes, step.needs.spilled_bytes))
+            reporter.message(
+                f"{step.use}: {kept} of calibration activations stay in memory (--activations-memory), "
+                f"{beyond} lie on disk"
+            )
     host = max((step.needs.host_bytes for step in steps if step.needs is not None), default=0)
-    free = psutil.virtual_memory().available
+    free = free_bytes()
     if host > free:
         reporter.message(
             f"warning: the run is predicted to need {_mebibytes(host)} of memory, {_mebibytes(free)} are free"

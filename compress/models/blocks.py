@@ -7,7 +7,7 @@ embeddings of its layer type, shared biases) is the right one, whatever the arch
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,11 +77,11 @@ class Recording:
         extras: block position to what it returned beside the hidden state (shared position biases).
     """
 
-    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
-    extras: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    hidden: MutableMapping[int, torch.Tensor] = field(default_factory=dict)
+    extras: MutableMapping[int, tuple[Any, ...]] = field(default_factory=dict)
 
     def held(self) -> "Recording":
-        """A recording that stays while this one goes on to the next block."""
+        """A recording in memory that stays while this one goes on to the next block."""
         return Recording(dict(self.hidden), dict(self.extras))
 
 
@@ -133,7 +133,7 @@ class Reentry:
         Raises:
             ModelError: the model never called the block, or not in order.
         """
-        self._current, self._recording, self._output, self._onward = position, recording, None, False
+        self._begin(position, recording, onward=False)
         inputs = self._inputs(batch)
         with torch.set_grad_enabled(gradients):
             try:
@@ -154,10 +154,14 @@ class Reentry:
 
         The block and all that follow run as they are, so they have to be in memory.
         """
-        self._current, self._recording, self._output, self._onward = position, recording, None, True
+        self._begin(position, recording, onward=True)
         inputs = self._inputs(batch)
         with torch.no_grad():
             return self._model(**inputs, **self._without_cache())
+
+    def _begin(self, position: int, recording: Recording, *, onward: bool) -> None:
+        """Make ready for one call; a recording that lies on disk is read once, and not for every block."""
+        self._current, self._recording, self._output, self._onward = position, recording.held(), None, onward
 
     def _taken(self) -> Any:
         """The output of the block; what is not held here is free as soon as the caller lets it go."""

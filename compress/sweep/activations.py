@@ -4,6 +4,7 @@ There are up to two streams of them: behind the compressed blocks, which is what
 behind the blocks of the original model, for methods that compare with it.
 """
 
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from safetensors import safe_open
 
 from compress.formats.shards import write_shard
 from compress.models.blocks import Recording
+from compress.sweep.spill import Kept, Shelf, Spill
 
 
 class Activations:
@@ -25,12 +27,26 @@ class Activations:
         tokens: int64 ``[samples, length]``.
         batch_size: sequences in one forward pass.
         original: whether the original model's activations are kept too.
+        spill: where all of them are kept; in memory by default.
     """
 
-    def __init__(self, tokens: torch.Tensor, batch_size: int, *, original: bool = False) -> None:
+    def __init__(
+        self, tokens: torch.Tensor, batch_size: int, *, original: bool = False, spill: Spill | None = None
+    ) -> None:
+        self._spill = spill or Spill(Path("."))
         self.batches = [{"input_ids": part.contiguous()} for part in tokens.split(batch_size)]
-        self.recordings = [Recording() for _ in self.batches]
-        self.original = [Recording() for _ in self.batches] if original else []
+        self.recordings = self.beside()
+        self.original = self.beside() if original else []
+
+    def beside(self) -> list[Recording]:
+        """An empty recording for each batch, kept where the others are."""
+        return [Recording(Shelf(self._spill), Shelf(self._spill)) for _ in self.batches]
+
+    def shorten(self, batches: int) -> None:
+        """Go on with the first batches alone."""
+        self.batches = self.batches[:batches]
+        self.recordings = self.recordings[:batches]
+        self.original = self.original[:batches]
 
     def _recording(self, index: int) -> Recording:
         """A recording by its number in the file: those of the original follow the compressed ones."""
@@ -38,32 +54,48 @@ class Activations:
 
     def save(self, file: Path) -> None:
         """Write all recordings, complete or not at all."""
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, Kept] = {}
+        lengths: dict[str, torch.Tensor] = {}
         for index, recording in enumerate([*self.recordings, *self.original]):
-            for stack, hidden in recording.hidden.items():
-                tensors[f"{index}.hidden.{stack}"] = hidden
-            for position, extras in recording.extras.items():
-                tensors[f"{index}.extras.{position}.length"] = torch.tensor(len(extras))
-                for place, extra in enumerate(extras):
-                    if isinstance(extra, torch.Tensor):
+            hidden, extras = _shelf(recording.hidden), _shelf(recording.extras)
+            for stack in hidden:
+                tensors[f"{index}.hidden.{stack}"] = hidden.kept(stack)
+            for position in extras:
+                entries = extras.kept(position)
+                lengths[f"{index}.extras.{position}.length"] = torch.tensor(len(entries))
+                for place, extra in enumerate(entries):
+                    if isinstance(extra, Kept):
                         tensors[f"{index}.extras.{position}.{place}"] = extra
-        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        write_shard(file, layout, tensors.__getitem__, lambda _: None)
+        layout = {
+            name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in {**tensors, **lengths}.items()
+        }
+        write_shard(
+            file,
+            layout,
+            lambda name: lengths[name] if name in lengths else tensors[name].read(),
+            lambda _: None,
+        )
 
     def restore(self, file: Path) -> None:
         """Take up the recordings of a file; what a block returned beside tensors was ``None``."""
         with safe_open(file, framework="pt") as handle:
-            extras: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+            extras: dict[tuple[int, int], list[str]] = defaultdict(list)
             for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                 index, kind, *rest = name.split(".")
-                # A copy, so that the memory is ours and not the file's, which will be deleted.
-                tensor = handle.get_tensor(name).clone()
                 if kind == "hidden":
-                    self._recording(int(index)).hidden[int(rest[0])] = tensor
+                    # A copy, so that the memory is ours and not the file's, which will be deleted.
+                    self._recording(int(index)).hidden[int(rest[0])] = handle.get_tensor(name).clone()
                 else:
-                    extras.setdefault((int(index), int(rest[0])), {})[rest[1]] = tensor
-        for (batch, position), entries in extras.items():
-            length = int(entries.pop("length"))
-            self._recording(batch).extras[position] = tuple(
-                entries.get(str(place)) for place in range(length)
-            )
+                    extras[int(index), int(rest[0])].append(rest[1])
+            for (batch, position), places in extras.items():
+                prefix = f"{batch}.extras.{position}"
+                self._recording(batch).extras[position] = tuple(
+                    handle.get_tensor(f"{prefix}.{place}").clone() if str(place) in places else None
+                    for place in range(int(handle.get_tensor(f"{prefix}.length")))
+                )
+
+
+def _shelf(values: object) -> Shelf:
+    if not isinstance(values, Shelf):
+        raise TypeError(f"the recordings of a run lie on shelves, got {type(values).__name__}")
+    return values

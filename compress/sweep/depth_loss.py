@@ -207,7 +207,7 @@ class _Losses:
         Args:
             choices: in the order of their first blocks.
         """
-        recordings = [Recording() for _ in activations.batches]
+        recordings = activations.beside()
         reached = 0
         blocks = self._walk.blocks
         with self._skipping([blocks[number] for number in gone]):

@@ -71,6 +71,7 @@ def _with_repair(needs: Needs, writers: Mapping[str, Writer], model: Any, run: R
         needs,
         disk_bytes=needs.disk_bytes + 2 * recordings,
         host_bytes=needs.host_bytes + recordings + (sums if on_host else 0),
+        activation_bytes=needs.activation_bytes + recordings,
         device_bytes=needs.device_bytes + (0 if on_host else sums),
         seconds=seconds,
     )

@@ -72,7 +72,8 @@ def predict(
     disk = packed + copied + 2 * recordings
     # Reading, writing and reading again to verify, at a disk that gives 500 MB a second.
     seconds += 3 * disk / 500e6
-    return Needs(disk, host, 0 if run.device == "cpu" else working + recordings, seconds)
+    device = 0 if run.device == "cpu" else working + recordings
+    return Needs(disk, host, device, seconds, activation_bytes=recordings)
 
 
 def _joint_bytes(rounder: BlockRounder, selection: Selection, tokens: int, compute: int) -> int:
@@ -175,11 +176,11 @@ def predict_whole(
     parts = len({(matrix.module, matrix.parameter) for matrix in entries}) / 2
     seconds = parts * choices * tokens * body / rate(torch.device(run.device))
     on_host = run.device == "cpu"
-    return Needs(
-        needs.disk_bytes,
-        max(needs.host_bytes, IMPORT_BYTES + (whole if on_host else 0)),
-        0 if on_host else max(needs.device_bytes, whole),
-        needs.seconds + seconds,
+    return replace(
+        needs,
+        host_bytes=max(needs.host_bytes, IMPORT_BYTES + (whole if on_host else 0)),
+        device_bytes=0 if on_host else max(needs.device_bytes, whole),
+        seconds=needs.seconds + seconds,
     )
 
 
@@ -206,7 +207,8 @@ def _dense(
         seconds += passes * 2 * tokens * body / rate(torch.device(run.device))
     on_host = run.device == "cpu"
     host = IMPORT_BYTES + recordings + (working if on_host else compute * _largest(blocks))
-    return Needs(disk + 2 * recordings, host, 0 if on_host else working + recordings, seconds)
+    device = 0 if on_host else working + recordings
+    return Needs(disk + 2 * recordings, host, device, seconds, activation_bytes=recordings)
 
 
 def _largest(blocks: Iterable[Block]) -> int:

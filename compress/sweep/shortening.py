@@ -225,8 +225,7 @@ class _Shortening:
             raise CalibrationError("blocks cannot be compared without text", "give --calibration TEXT")
         if not self.writers:
             # One batch is enough to compare a block in its two places.
-            activations.batches = activations.batches[:1]
-            activations.recordings = activations.recordings[:1]
+            activations.shorten(1)
         records: list[UnitRecord] = []
         title = f"{len(self._units)} of {len(walk.blocks)} blocks"
         with (

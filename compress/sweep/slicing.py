@@ -164,8 +164,7 @@ class _Slicing:
             raise CalibrationError("blocks cannot be compared without text", "give --calibration TEXT")
         if not self.writers:
             # One batch is enough to hold a narrow block against the wide one.
-            activations.batches = activations.batches[:1]
-            activations.recordings = activations.recordings[:1]
+            activations.shorten(1)
         title = f"the residual stream through {len(walk.blocks)} blocks"
         with walk.reentry() as wide, self._small.running() as narrow:
             walk.load_outside()

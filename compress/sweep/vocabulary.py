@@ -7,7 +7,7 @@ it, and the whole text is split once more by both.
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -69,7 +69,7 @@ def check(source: Artifact, run: Run) -> Needs:
     file = corpora.file_of(text)
     size = 0 if file is None else file.stat().st_size * (3 if file.suffix == ".gz" else 1)
     seconds = needs.seconds + 3 * size / _BYTES_A_SECOND
-    return Needs(needs.disk_bytes, needs.host_bytes, needs.device_bytes, seconds)
+    return replace(needs, seconds=seconds)
 
 
 def prune(limits: Limits, source: Artifact, target: Path, run: Run) -> Outcome:

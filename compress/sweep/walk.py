@@ -25,6 +25,7 @@ from compress.models.checkpoint import Checkpoint
 from compress.models.load import loaded_dtype, skeleton, tokenizer
 from compress.sweep.activations import Activations
 from compress.sweep.memory import return_freed, return_large_at_once
+from compress.sweep.spill import Spill
 from compress.sweep.unit import UnitRecord
 
 OUTSIDE = "outside"
@@ -95,7 +96,8 @@ class Walk:
         if not self.run.calibration.text.endswith(".safetensors"):
             words = tokenizer(self.source, trust_remote_code=self.run.trust_remote_code)
         drawn = draw(self.run.calibration, words, self.run.seed, vocabulary)
-        return Activations(drawn.tokens, self.run.calibration.batch_size, original=original)
+        spill = Spill(self.run.scratch, self.run.activations_memory)
+        return Activations(drawn.tokens, self.run.calibration.batch_size, original=original, spill=spill)
 
     # -- what lies outside the blocks ----------------------------------------------------------------
 

@@ -11,7 +11,7 @@ single method is better.
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -84,21 +84,17 @@ def check(spent: Spent, how: How, source: Artifact, run: Run) -> Needs:
     compute = 4 if run.device == "cpu" else loaded_dtype(source).itemsize
     whole = compute * sum(parameter.numel() for parameter in model.parameters())
     on_host = run.device == "cpu"
-    return Needs(
-        3 * max(needs.disk_bytes, search.trials.disk_bytes),
-        needs.host_bytes + (whole if on_host else 0),
-        0 if on_host else max(needs.device_bytes, whole),
-        needs.seconds * (spent.trials + 1),
+    return replace(
+        needs,
+        disk_bytes=3 * max(needs.disk_bytes, search.trials.disk_bytes),
+        host_bytes=needs.host_bytes + (whole if on_host else 0),
+        device_bytes=0 if on_host else max(needs.device_bytes, whole),
+        seconds=needs.seconds * (spent.trials + 1),
     )
 
 
 def _most(one: Needs, other: Needs) -> Needs:
-    return Needs(
-        max(one.disk_bytes, other.disk_bytes),
-        max(one.host_bytes, other.host_bytes),
-        max(one.device_bytes, other.device_bytes),
-        max(one.seconds, other.seconds),
-    )
+    return Needs(*(max(pair) for pair in zip(astuple(one), astuple(other), strict=True)))
 
 
 def fit(spent: Spent, how: How, source: Artifact, target: Path, run: Run) -> Outcome:

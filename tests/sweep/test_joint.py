@@ -204,8 +204,8 @@ def test_both_streams_are_saved_and_restored(tmp_path: Path) -> None:
     tokens = models_zoo.tokens(5, 8)
     activations = Activations(tokens, 2, original=True)
     for number, recording in enumerate([*activations.recordings, *activations.original]):
-        recording.hidden = {0: torch.full((2, 8, 4), float(number)), 1: torch.rand(2, 8, 4)}
-        recording.extras = {3: (torch.rand(2), None)}
+        recording.hidden.update({0: torch.full((2, 8, 4), float(number)), 1: torch.rand(2, 8, 4)})
+        recording.extras[3] = (torch.rand(2), None)
     activations.save(tmp_path / "file.safetensors")
     again = Activations(tokens, 2, original=True)
     again.restore(tmp_path / "file.safetensors")
