@@ -21,8 +21,8 @@ from random_llama import write_model
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-HIDDEN, VOCABULARY, LAYERS = 512, 1024, 2
-LENGTH, BATCH = 1024, 4
+HIDDEN, VOCABULARY, LAYERS = 128, 1024, 2
+LENGTH, BATCH = 512, 32
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def configuration() -> LlamaConfig:
         hidden_size=HIDDEN,
         intermediate_size=HIDDEN,
         num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         vocab_size=VOCABULARY,
         tie_word_embeddings=True,
     )
@@ -87,8 +87,8 @@ def render(readings: list[Reading], samples: int, imported: int, environment: di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--memory", nargs="+", default=["4GB", "64MiB"])
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--memory", nargs="+", default=["4GB", "32MiB"])
+    parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--report", type=Path, default=Path("reports/memory"))
     parser.add_argument("--work", type=Path, help="where the model and its activations lie")

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from compress.models.blocks import Block, find_blocks
+from compress.models.comparison import TOLERANCE, by_sequence, changed_elsewhere, differ, multiples, paired
 from compress.models.folds import Fold, Folds, Reader, Rescaling
 from compress.models.load import quiet
 from compress.models.probe import is_linear, output_features
@@ -33,9 +34,6 @@ _SINGLY_BYTES = 1 << 26
 """Of the widest input when every sequence has a factor of its own."""
 _SINGLY_MOST = 128
 
-_TOLERANCE = 1e-6
-"""How exactly a factor must come out, relative to the largest value of its column. Some norms compute in
-single precision whatever comes in."""
 _SPREAD = 0.7
 """Factors lie between exp(-0.7) and exp(0.7), all different."""
 
@@ -108,6 +106,7 @@ class _Search:
         self._responses = responses
         self._block = block
         self._singly = singly
+        self._dimensions = {name: entry.dim() for name, entry in block.module.named_parameters()}
         self._base = {count: responses.run(block, count) for count in {_TOGETHER, singly}}
 
     def run(self) -> tuple[list[Fold], dict[str, str]]:
@@ -125,6 +124,8 @@ class _Search:
                 taken |= {reader.layer for reader in candidate.readers}
                 folds.append(candidate)
         layers = [name for name, module in self._block.module.named_modules() if is_linear(module)]
+        # Experts in one parameter are layers too.
+        layers += [name for name in self._base[_TOGETHER].products if self._dimensions.get(name) == 3]
         nothing = "nothing in its block scales its input"
         return folds, {name: reasons.get(name, nothing) for name in layers if name not in taken}
 
@@ -160,18 +161,23 @@ class _Search:
             # Larger than one: no unmoved value is mistaken for one that was multiplied.
             factors = _factors(len(kept[weight]))
             many = self._with(module, {**plain, weight: factors})
-            changed = [layer for layer, rows in zero.inputs.items() if _differ(rows, one.inputs[layer])]
+            changed = [layer for layer, rows in zero.inputs.items() if differ(rows, one.inputs[layer])]
             if not changed:
                 return None
             offset, channels = self._multiplied(changed, zero, one, many, factors)
             if offset is None:
                 return None
-            elsewhere = _elsewhere(zero, one)
+            elsewhere = changed_elsewhere(zero, one)
             if elsewhere:
                 return _Refused(tuple(changed), f"{name} also feeds {elsewhere}")
-            readers = tuple(Reader(layer, channels[layer]) for layer in self._in_order(changed))
+            readers = [self._reader(layer, channels[layer]) for layer in zero.inputs if layer in changed]
             offsets = {leaf: offset if leaf == weight else 0.0 for leaf in kept}
-            fold = Fold("", name, "norm", torch.arange(len(kept[weight])), readers, offsets, weight)
+            follow = tuple(reader for reader in readers if self._follows(reader))
+            lead = tuple(reader for reader in readers if reader not in follow)
+            if not lead:
+                return None
+            rows = torch.arange(len(kept[weight]))
+            fold = Fold("", name, "norm", rows, lead, offsets, weight, follow)
             return self._verified(fold, module, kept)
         finally:
             self._set(module, kept)
@@ -189,12 +195,12 @@ class _Search:
             unit = one.inputs[layer] - zero.inputs[layer]
             norm = float(unit.square().sum())
             offset = float((zero.inputs[layer] * unit).sum()) / norm if norm else float("nan")
-            if not abs(offset - round(offset, 4)) < _TOLERANCE * 10:
+            if not abs(offset - round(offset, 4)) < TOLERANCE * 10:
                 return None, {}
             offset = round(offset, 4)
-            if _differ(zero.inputs[layer], unit * offset):
+            if differ(zero.inputs[layer], unit * offset):
                 return None, {}
-            found = _multiples(unit, many.inputs[layer] - zero.inputs[layer], factors)
+            found = multiples(unit, many.inputs[layer] - zero.inputs[layer], factors)
             if found is None or bool((found < 0).any()):
                 return None, {}
             offsets.append(offset)
@@ -207,21 +213,40 @@ class _Search:
         """The fold, if dividing all parameters of the norm divides its output and nothing else."""
         scales = _factors(len(fold.rows)).flip(0)
         self._set(module, kept)
-        before = self._responses.run(self._block, _TOGETHER)
+        before = self._with_products(self._responses.run(self._block, _TOGETHER))
         divided = {
             leaf: Rescaling({0: 1 / scales}, offset).of(kept[leaf]) for leaf, offset in fold.offsets.items()
         }
         after = self._with(module, divided)
-        layers = {reader.layer: reader.channels for reader in fold.readers}
+        layers = {reader.layer: reader.channels for reader in (*fold.readers, *fold.followers)}
         for layer, rows in before.inputs.items():
             expected = rows / scales[layers[layer]] if layer in layers else rows
-            if _differ(expected, after.inputs[layer]):
+            if differ(expected, after.inputs[layer]):
                 return _Refused(tuple(layers), f"{fold.producer} does not only multiply what {layer} reads")
         return fold
 
     def _with(self, module: nn.Module, values: Mapping[str, torch.Tensor]) -> Seen:
         self._set(module, values)
-        return self._responses.run(self._block, _TOGETHER)
+        return self._with_products(self._responses.run(self._block, _TOGETHER))
+
+    def _with_products(self, seen: Seen) -> Seen:
+        """The same with routers and experts among the layers, as far as they do nothing but multiply."""
+        plain = {
+            name: entry
+            for name, entry in seen.products.items()
+            if entry.dimension is not None and name in self._dimensions
+        }
+        inputs = {name: torch.cat(entry.inputs) for name, entry in plain.items()}
+        others = {name: values for name, values in seen.others.items() if name not in plain}
+        return replace(seen, inputs={**seen.inputs, **inputs}, others=others)
+
+    def _reader(self, layer: str, channels: torch.Tensor) -> Reader:
+        products = self._base[_TOGETHER].products.get(layer)
+        return Reader(layer, channels, None if products is None else products.dimension)
+
+    def _follows(self, reader: Reader) -> bool:
+        """Whether it is no layer that would be rounded: a matrix by itself, and not all experts at once."""
+        return reader.dimension is not None and self._dimensions[reader.layer] == 2
 
     def _set(self, module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
         for leaf, tensor in values.items():
@@ -265,12 +290,12 @@ class _Search:
         before = self._base[_TOGETHER]
         after = self._scaled(fold.producer, factors)
         layers = {reader.layer: reader.channels for reader in fold.readers}
-        elsewhere = _elsewhere(before, after)
+        elsewhere = changed_elsewhere(before, after)
         if elsewhere:
             return _Refused(tuple(layers), f"{fold.producer} also feeds {elsewhere}")
         for layer, rows in before.inputs.items():
             expected = rows / scales[layers[layer]] if layer in layers else rows
-            if _differ(expected, after.inputs[layer]):
+            if differ(expected, after.inputs[layer]):
                 return _Refused(tuple(layers), f"{fold.producer} reaches {layer} by more than a product")
         return fold
 
@@ -304,14 +329,14 @@ class _Search:
         factors[rows.start : rows.stop] = own
         before = self._base[_TOGETHER]
         after = self._scaled(name, factors)
-        changed = [layer for layer, seen in before.inputs.items() if _differ(seen, after.inputs[layer])]
-        elsewhere = _elsewhere(before, after)
+        changed = [layer for layer, seen in before.inputs.items() if differ(seen, after.inputs[layer])]
+        elsewhere = changed_elsewhere(before, after)
         if elsewhere:
             reasons |= dict.fromkeys(changed, f"{name} also feeds {elsewhere}")
             return None
         found: dict[str, dict[int, list[int]]] = {}
         for layer in changed:
-            channels = _multiples(before.inputs[layer], after.inputs[layer], own)
+            channels = multiples(before.inputs[layer], after.inputs[layer], own)
             if channels is None:
                 reasons[layer] = f"{name} reaches it by more than a product"
                 return None
@@ -331,18 +356,18 @@ class _Search:
         pure = torch.ones(self._singly, dtype=torch.bool)
         hits: dict[str, torch.Tensor] = {}
         for layer, seen in before.inputs.items():
-            old, new = _by_sequence(seen, self._singly), _by_sequence(after.inputs[layer], self._singly)
-            size = _TOLERANCE * old.abs().amax(1, keepdim=True)
+            old, new = by_sequence(seen, self._singly), by_sequence(after.inputs[layer], self._singly)
+            size = TOLERANCE * old.abs().amax(1, keepdim=True)
             moved = ((new - old).abs() > size).any(1)
             multiplied = ((new - old * factor).abs() <= size * factor).all(1)
             pure &= ~(moved & ~multiplied).any(1)
             hits[layer] = moved & multiplied
-        others = [*zip(before.outputs, after.outputs, strict=True), *_paired(before.others, after.others)]
+        others = [*zip(before.outputs, after.outputs, strict=True), *paired(before.others, after.others)]
         for left, right in others:
             if left.shape[0] % self._singly == 0:
-                old, new = _by_sequence(left, self._singly), _by_sequence(right, self._singly)
-                pure &= ~((old - new).abs() > _TOLERANCE * old.abs().amax()).flatten(1).any(1)
-            elif _differ(left, right):
+                old, new = by_sequence(left, self._singly), by_sequence(right, self._singly)
+                pure &= ~((old - new).abs() > TOLERANCE * old.abs().amax()).flatten(1).any(1)
+            elif differ(left, right):
                 return {}
         found: dict[str, dict[int, list[int]]] = {}
         for place, row in enumerate(rows):
@@ -374,64 +399,3 @@ def _factors(count: int) -> torch.Tensor:
     """So many different positive factors in a fixed random order, float64."""
     values = torch.linspace(-_SPREAD, _SPREAD, count, dtype=torch.float64).exp()
     return values[torch.randperm(count, generator=torch.Generator().manual_seed(count))]
-
-
-def _multiples(before: torch.Tensor, after: torch.Tensor, factors: torch.Tensor) -> torch.Tensor | None:
-    """Which factor each column was multiplied by.
-
-    Args:
-        before: ``[tokens, columns]``.
-        after: the same afterwards.
-        factors: all different.
-
-    Returns:
-        int64 ``[columns]``, -1 for a column that did not change; ``None`` where one changed in another way.
-    """
-    norms = before.square().sum(0)
-    ratios = (before * after).sum(0) / norms.clamp_min(torch.finfo(torch.float64).tiny)
-    order = factors.argsort()
-    ranked = factors[order]
-    right = torch.searchsorted(ranked, ratios).clamp(0, len(ranked) - 1)
-    left = (right - 1).clamp_min(0)
-    nearer = (ranked[left] - ratios).abs() < (ranked[right] - ratios).abs()
-    found = order[torch.where(nearer, left, right)]
-    size = _TOLERANCE * before.abs().amax(0)
-    still = ((after - before).abs() <= size).all(0)
-    exact = ((after - before * factors[found]).abs() <= 2 * size).all(0)
-    if not bool((still | exact).all()):
-        return None
-    return torch.where(still, -1, found)
-
-
-def _differ(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two results of the same shape are not the same; results of other shapes are not."""
-    if left.shape != right.shape:
-        return True
-    if left.numel() == 0:
-        return False
-    size = torch.maximum(left.abs().amax(0), right.abs().amax(0))
-    # Written so that NaN differs.
-    return not bool(((left - right).abs() <= 2 * _TOLERANCE * size).all())
-
-
-def _elsewhere(before: Seen, after: Seen) -> str:
-    """What changed that is no input of a linear layer; empty where nothing did."""
-    for name, values in before.others.items():
-        if any(_differ(old, new) for old, new in _paired({name: values}, after.others)):
-            return f"{name}, which is no linear layer"
-    if any(_differ(old, new) for old, new in zip(before.outputs, after.outputs, strict=True)):
-        return "what lies beyond its block"
-    return ""
-
-
-def _paired(
-    before: Mapping[str, list[torch.Tensor]], after: Mapping[str, list[torch.Tensor]]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for name, values in before.items():
-        others = after.get(name, [])
-        yield from zip(values, others + [torch.zeros(0)] * (len(values) - len(others)), strict=False)
-
-
-def _by_sequence(rows: torch.Tensor, sequences: int) -> torch.Tensor:
-    """``[sequences, tokens, columns]`` of what lies sequence after sequence."""
-    return rows.reshape(sequences, -1, rows.shape[-1])

@@ -23,12 +23,20 @@ class Reader:
     """A layer whose input can be scaled.
 
     Attributes:
-        layer: its path; from the block on.
+        layer: its path, from the block on; of a matrix that is no linear layer (a router, fused experts), the
+            path of the parameter.
         channels: int64 ``[columns]``, for each input column the channel of the fold that it belongs to.
+        dimension: where its columns lie in such a matrix, counted from the end; ``None`` for a linear layer.
     """
 
     layer: str
     channels: torch.Tensor
+    dimension: int | None = None
+
+    @property
+    def parameter(self) -> str:
+        """The path of its weight, from the block on."""
+        return self.layer if self.dimension is not None else f"{self.layer}.weight"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +51,7 @@ class Fold:
         readers: all layers that see the producer's features, in the order of the model.
         offsets: for each parameter of the producer that is divided, what is added to it before it acts.
         weight: the parameter among them that multiplies.
+        followers: matrices that see the features as well, and have no say in the factors: routers.
     """
 
     block: str
@@ -52,6 +61,7 @@ class Fold:
     readers: tuple[Reader, ...]
     offsets: Mapping[str, float]
     weight: str = "weight"
+    followers: tuple[Reader, ...] = ()
 
     @property
     def name(self) -> str:
@@ -62,7 +72,8 @@ class Fold:
     def parameters(self) -> tuple[str, ...]:
         """Every parameter that a factor changes, by its path in the model."""
         own = tuple(f"{self.name}.{leaf}" for leaf in self.offsets)
-        return (*own, *(f"{self.block}.{reader.layer}.weight" for reader in self.readers))
+        readers = (*self.readers, *self.followers)
+        return (*own, *(f"{self.block}.{reader.parameter}" for reader in readers))
 
     def rescalings(self, model: nn.Module, scales: torch.Tensor) -> dict[str, "Rescaling"]:
         """What becomes of every parameter when the readers' inputs are divided by factors.
@@ -80,10 +91,11 @@ class Fold:
             factors = torch.ones(size, dtype=torch.float64)
             factors[self.rows] = 1 / scales
             changes[f"{self.name}.{leaf}"] = Rescaling({dimension or 0: factors}, offset)
-        for reader in self.readers:
-            path = f"{self.block}.{reader.layer}"
-            dimension = input_dimension(model.get_submodule(path))
-            changes[f"{path}.weight"] = Rescaling({dimension: scales[reader.channels]})
+        for reader in (*self.readers, *self.followers):
+            dimension = reader.dimension
+            if dimension is None:
+                dimension = input_dimension(model.get_submodule(f"{self.block}.{reader.layer}"))
+            changes[f"{self.block}.{reader.parameter}"] = Rescaling({dimension: scales[reader.channels]})
         return changes
 
 
@@ -92,7 +104,8 @@ class Rescaling:
     """One parameter with its places along some dimensions multiplied.
 
     Attributes:
-        factors: float64 vectors by dimension.
+        factors: float64 vectors by dimension; one counted from the end holds for a part of a parameter as
+            well (an expert by itself, as it lies on disk).
         offset: what the model adds to the parameter before it acts.
     """
 
@@ -105,8 +118,9 @@ class Rescaling:
         for rows in row_chunks(tensor.reshape(tensor.shape[0], -1)):
             values = tensor[rows].double() + self.offset
             for dimension, factors in self.factors.items():
-                part = factors[rows] if dimension == 0 else factors
-                shape = [-1 if place == dimension else 1 for place in range(values.dim())]
+                along = dimension % values.dim()
+                part = factors[rows] if along == 0 else factors
+                shape = [-1 if place == along else 1 for place in range(values.dim())]
                 values *= part.to(values.device).view(shape)
             result[rows] = (values - self.offset).to(tensor.dtype)
         return result

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from compress.models.blocks import Block, Recording, Reentry
 from compress.models.probe import is_linear, output_features
+from compress.models.products import product
 
 TOKENS = 6
 """Length of every sequence: what is not a plain product shows at one of them."""
@@ -32,7 +33,29 @@ _SMALLEST, _LARGEST = -1.5, 1.0
 _REMEMBERED = 1 << 22
 """Numbers of one source that are kept while a block is looked at: they are asked for again and again."""
 
+_CASTS = (torch.Tensor.to, torch.Tensor.type, torch.Tensor.type_as, torch.Tensor.float)
+"""What a router may do to its weight before it multiplies."""
+
 Edit = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Products:
+    """What one matrix that is no linear layer was multiplied with.
+
+    Attributes:
+        inputs: float64 ``[tokens, columns]`` of each call; an expert sees the tokens that are sent to it.
+        dimensions: of the parameter, counted from its end, that each call summed over; ``None`` for a call
+            that is no plain product.
+    """
+
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    dimensions: list[int | None] = field(default_factory=list)
+
+    @property
+    def dimension(self) -> int | None:
+        """The dimension that all calls summed over; ``None`` where there is no such one."""
+        return self.dimensions[0] if len(set(self.dimensions)) == 1 else None
 
 
 @dataclass
@@ -43,12 +66,14 @@ class Seen:
         inputs: what each linear layer read, float64 ``[tokens, columns]``, by its path in the block; a layer
             that was called again has more tokens.
         others: what met a matrix that is no linear layer, by the name of the parameter in the block.
+        products: the same, as far as they are products.
         outputs: what the block returned.
         entering: the hidden state that went into the block, before it was changed.
     """
 
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     others: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    products: dict[str, Products] = field(default_factory=dict)
     outputs: list[torch.Tensor] = field(default_factory=list)
     entering: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
@@ -169,9 +194,15 @@ class Responses:
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         return _Others(names, self._met)
 
-    def _met(self, name: str, values: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    def _met(
+        self, name: str, values: list[torch.Tensor], like: torch.Tensor, dimension: int | None
+    ) -> torch.Tensor:
         path = name.removeprefix(self._prefix)
         self._seen.others.setdefault(path, []).extend(values)
+        products = self._seen.products.setdefault(path, Products())
+        products.dimensions.append(dimension)
+        # What a product multiplies comes first; a bias may follow.
+        products.inputs.append(values[0].reshape(-1, values[0].shape[-1] if values[0].dim() else 1))
         self.widths[path] = like.shape[-1]
         made, edit = self._values(name, tuple(like.shape)), self._edits.get(name)
         return made if edit is None else edit(made)
@@ -215,7 +246,8 @@ class _Others(TorchFunctionMode):
 
     def __init__(self, names: Mapping[int, str], met: Any) -> None:
         super().__init__()
-        self._names = names
+        self._names = dict(names)
+        self._held: list[torch.Tensor] = []
         self._met = met
 
     def __torch_function__(
@@ -228,14 +260,23 @@ class _Others(TorchFunctionMode):
             return func(*args, **kwargs)
         values = [t for t in tensors if not t.is_meta and t.is_floating_point()]
         if not values:
-            return func(*args, **kwargs)
+            made = func(*args, **kwargs)
+            if func in _CASTS and id(without[0]) in self._names:
+                # What was cast acts as the parameter itself. Held, so that its identity stays its own.
+                self._names[id(made)] = self._names[id(without[0])]
+                self._held.append(made)
+            return made
         moved = tree_map(
             lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs)
         )
         like = func(*moved[0], **moved[1])
         names = [self._names.get(id(t)) or self._names.get(id(t._base)) for t in without]
         name = next((found for found in names if found is not None), "a matrix")
-        return self._met(name, [value.clone() for value in values], like)
+        times, dimension = product(func, args, kwargs), None
+        if times is not None and times.matrix is without[0]:
+            matrix = times.matrix if times.matrix._base is None else times.matrix._base
+            dimension = times.dimension_of(matrix)
+        return self._met(name, [value.clone() for value in values], like, dimension)
 
 
 def _tensors(arguments: Iterable[Any]) -> list[torch.Tensor]:

@@ -254,7 +254,11 @@ class _Search:
     def _norms(self, readers: list[str]) -> list[Fold]:
         """Norms whose only readers are those of the stream."""
         found = norm_folds(self._responses, self._block, self._modules)
-        return [fold for fold in found if {reader.layer for reader in fold.readers} <= set(readers)]
+        return [
+            fold
+            for fold in found
+            if not fold.followers and {reader.layer for reader in fold.readers} <= set(readers)
+        ]
 
     def _plain(self, norms: list[Fold]) -> "_Plain":
         return _Plain({norm: self._modules[norm.producer] for norm in norms})

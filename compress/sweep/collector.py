@@ -13,6 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from compress.core.errors import CalibrationError
+from compress.models.products import product
 from compress.numerics.statistic import Statistic
 from compress.sweep.matrices import Matrix
 
@@ -42,8 +43,11 @@ class Collector:
 
     def __init__(self, model: Any, matrices: Sequence[Matrix]) -> None:
         self._model = model
-        self._plain = {matrix.module: matrix for matrix in matrices if matrix.expert is None}
+        self._pooled = [matrix for matrix in matrices if matrix.pooled]
         self._experts = [matrix for matrix in matrices if matrix.expert is not None]
+        self._plain = {
+            matrix.module: matrix for matrix in matrices if matrix.expert is None and not matrix.pooled
+        }
 
     def discover(self, run: Callable[[], object]) -> list[list[Shared]]:
         """Which matrices share an input, in stages in the order in which the block uses them.
@@ -74,10 +78,10 @@ class Collector:
             if matrix.parameter not in fused:
                 fused.append(matrix.parameter)
 
-        with self._watching(note, note_expert):
+        with self._watching(note, note_expert, note):
             run()
         seen = [matrix for shared in order for matrix in shared.matrices]
-        order += [Shared([matrix]) for matrix in self._plain.values() if matrix not in seen]
+        order += [Shared([matrix]) for matrix in (*self._plain.values(), *self._pooled) if matrix not in seen]
         stages = [[shared] for shared in order]
         fused += sorted({matrix.parameter for matrix in self._experts} - set(fused))
         stages += [[Shared([m]) for m in self._experts if m.parameter == parameter] for parameter in fused]
@@ -99,7 +103,9 @@ class Collector:
             shared.statistic = new(shared.matrices[0].columns)
             for matrix in shared.matrices:
                 owner[matrix.name] = shared
-        experts = any(matrix.expert is not None for shared in stage for matrix in shared.matrices)
+        experts = any(
+            matrix.expert is not None or matrix.pooled for shared in stage for matrix in shared.matrices
+        )
         current = _Pass()
 
         def begin() -> None:
@@ -124,7 +130,7 @@ class Collector:
             if not current.waiting and not experts:
                 raise Enough
 
-        with self._watching(add, add):
+        with self._watching(add, add, add):
             yield begin
 
     @contextmanager
@@ -132,6 +138,7 @@ class Collector:
         self,
         plain: Callable[[Matrix, torch.Tensor], None],
         expert: Callable[[Matrix, torch.Tensor], None],
+        pool: Callable[[Matrix, torch.Tensor], None],
     ) -> Iterator[None]:
         with ExitStack() as stack:
             for name, matrix in self._plain.items():
@@ -140,6 +147,8 @@ class Collector:
                 stack.callback(handle.remove)
             if self._experts:
                 stack.enter_context(_ExpertWatch(self._model, self._experts, expert))
+            if self._pooled:
+                stack.enter_context(_PoolWatch(self._model, self._pooled, pool))
             yield
 
 
@@ -172,4 +181,28 @@ class _ExpertWatch(TorchFunctionMode):
             matrix = self._of.get((weight.untyped_storage().data_ptr(), weight.storage_offset()))
             if matrix is not None and tuple(weight.shape) == (matrix.rows, matrix.columns):
                 self._then(matrix, rows)
+        return func(*args, **kwargs)
+
+
+class _PoolWatch(TorchFunctionMode):
+    """Calls back when a product uses any slice of a fused expert parameter."""
+
+    def __init__(
+        self, model: Any, pools: Sequence[Matrix], then: Callable[[Matrix, torch.Tensor], None]
+    ) -> None:
+        super().__init__()
+        self._then = then
+        self._of = {
+            model.get_parameter(matrix.parameter).untyped_storage().data_ptr(): matrix for matrix in pools
+        }
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        found = product(func, args, kwargs)
+        if found is not None:
+            matrix = self._of.get(found.matrix.untyped_storage().data_ptr())
+            if matrix is not None and found.rows.shape[-1] == matrix.columns:
+                self._then(matrix, found.rows)
         return func(*args, **kwargs)

@@ -11,7 +11,7 @@ computes the same.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 
@@ -24,7 +24,7 @@ from compress.models.architecture import found_in
 from compress.models.blocks import Block, Recording, Reentry, find_blocks, hidden_state
 from compress.models.checkpoint import Checkpoint
 from compress.models.fold_search import find_folds
-from compress.models.folds import Fold, Folds, Rescaling
+from compress.models.folds import Fold, Folds, Reader, Rescaling
 from compress.models.load import loaded_dtype, skeleton
 from compress.models.probe import input_features, output_features
 from compress.numerics.smoothing import Reading
@@ -38,6 +38,10 @@ from compress.sweep.rewriting import agree, write_rewritten
 from compress.sweep.selection import check_patterns
 from compress.sweep.unit import UnitRecord
 from compress.sweep.walk import OUTSIDE, Walk, outcome_of, placed_skeleton
+
+_STRAYS: Final = 0.05
+"""Share of the tokens whose experts may be others behind a router with factors: where two experts are equally
+good, the last bit decides. A wrong factor shows at every token."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,8 @@ def check(smoother: Smoother, source: Artifact, run: Run) -> Needs:
     model = skeleton(source, task=run.task, trust_remote_code=run.trust_remote_code)
     checkpoint = Checkpoint(source, model)
     plan = plan_folding(smoother, source, model, checkpoint, run)
-    paths = [f"{entry.block}.{reader.layer}" for entry in plan.folds for reader in entry.readers]
-    layers = [Searching(_matrix(model, path), smoother.tried) for path in paths]
+    readers = [(entry.block, reader) for entry in plan.folds for reader in entry.readers]
+    layers = [Searching(_matrix(model, block, reader), smoother.tried) for block, reader in readers]
     return predict_folding(layers, find_blocks(model), model, checkpoint, run)
 
 
@@ -128,20 +132,51 @@ def _reason(
     on_disk: Mapping[str, Sequence[str]],
 ) -> str:
     """Why a fold is left out; empty where it is not."""
-    names = [entry.name, *(f"{entry.block}.{reader.layer}" for reader in entry.readers)]
+    readers = (*entry.readers, *entry.followers)
+    names = [entry.name, *(f"{entry.block}.{reader.layer}" for reader in readers)]
     if any(matches_any(smoother.ignore, name) for name in names):
         return "ignored"
     if smoother.into == "norms" and entry.kind != "norm":
         return f"{entry.name} is no norm, and norms alone were asked for"
+    columns = {f"{entry.block}.{reader.parameter}": reader.dimension for reader in readers}
     for name in entry.parameters:
-        files = on_disk.get(name, [])
-        if len(files) != 1 or checkpoint.shape(files[0]) != tuple(model.get_parameter(name).shape):
+        files, shape = on_disk.get(name, []), tuple(model.get_parameter(name).shape)
+        if len(files) == 1 and checkpoint.shape(files[0]) == shape:
+            continue
+        dimension = columns.get(name)
+        if dimension is None or not _columns_stay(name, shape, dimension, files, checkpoint):
             return f"{name} is converted while transformers loads it"
     return ""
 
 
-def _matrix(model: Any, path: str) -> Matrix:
-    """A linear layer or a transposed one, as the collector wants it."""
+def _columns_stay(
+    name: str, shape: tuple[int, ...], dimension: int, files: Sequence[str], checkpoint: Checkpoint
+) -> bool:
+    """Whether a converted parameter has its columns in the same place, from the end, in all files.
+
+    Column numbers go through transformers' own conversion, back to how the parameter lies on disk.
+    """
+    sizes = [1] * len(shape)
+    sizes[dimension] = shape[dimension]
+    numbers = torch.arange(shape[dimension], dtype=torch.float32).view(sizes)
+    found = checkpoint.to_disk({name: numbers.expand(shape)})
+    if sorted(found) != sorted(files):
+        return False
+    return all(
+        tuple(part.shape) == checkpoint.shape(file)
+        and bool((part.movedim(dimension, -1) == numbers.flatten()).all())
+        for file, part in found.items()
+    )
+
+
+def _matrix(model: Any, block: str, reader: Reader) -> Matrix:
+    """A linear layer, a transposed one, or all experts of a fused parameter, as the collector wants it."""
+    path = f"{block}.{reader.layer}"
+    if reader.dimension is not None:
+        owner, parameter = path.rpartition(".")[0], model.get_parameter(path)
+        columns, kind = len(reader.channels), type(model.get_submodule(owner)).__name__
+        rows, transposed = parameter.numel() // columns, reader.dimension != -1
+        return Matrix(owner, path, None, kind, rows, columns, (), transposed, pooled=True)
     module = model.get_submodule(path)
     rows, columns = output_features(module), input_features(module)
     transposed = not isinstance(module, torch.nn.Linear)
@@ -250,8 +285,8 @@ class _Folding:
         self, block: Block, members: Sequence[Fold], activations: Activations, reentry: Reentry
     ) -> list[tuple[Fold, list[Shared]]]:
         """The folds in the order in which the block reads them, each with its readers by their input."""
-        paths = [f"{entry.block}.{reader.layer}" for entry in members for reader in entry.readers]
-        matrices = [_matrix(self.walk.model, path) for path in paths]
+        readers = [(entry.block, reader) for entry in members for reader in entry.readers]
+        matrices = [_matrix(self.walk.model, *entry) for entry in readers]
         collector = Collector(self.walk.model, matrices)
         found = collector.discover(
             lambda: reentry.run(block.position, activations.batches[0], activations.recordings[0])
@@ -260,7 +295,7 @@ class _Folding:
         stages: dict[str, tuple[Fold, list[Shared]]] = {}
         for shared in (part for stage in found for part in stage):
             # Layers of two folds never see one tensor: each fold would change it for the other.
-            entry = owner[shared.matrices[0].module]
+            entry = owner[shared.matrices[0].name]
             stages.setdefault(entry.producer, (entry, []))[1].append(shared)
         return list(stages.values())
 
@@ -303,7 +338,7 @@ class _Folding:
         weights = [matrix.of(model.get_parameter(matrix.parameter)).float() for matrix in shared.matrices]
         if shared.statistic is None:
             raise CalibrationError("nothing was gathered", "give calibration text")
-        return Reading(torch.cat(weights), shared.statistic, channels[shared.matrices[0].module])
+        return Reading(torch.cat(weights), shared.statistic, channels[shared.matrices[0].name])
 
     # -- proof and writing -----------------------------------------------------------------------------
 
@@ -321,7 +356,9 @@ class _Folding:
                 parameter = self.walk.model.get_parameter(name)
                 parameter.copy_(change.of(parameter))
         after = hidden_state(reentry.run(block.position, activations.batches[0], first))
-        same, words = agree(activations.recordings[0].hidden[block.stack], after, self.compute)
+        routed = any(entry.followers for entry in self.plan.folds if entry.block == block.name)
+        before = activations.recordings[0].hidden[block.stack]
+        same, words = agree(before, after, self.compute, _STRAYS if routed else 0.0)
         if not same:
             raise VerificationError(
                 f"{block.name} with its factors moved is {words}",
@@ -352,7 +389,7 @@ def _row(entry: Fold, stage: Sequence[Shared], solved: Solved) -> dict[str, Any]
     return {
         "layer": entry.name,
         "kind": entry.kind,
-        "readers": " ".join(reader.layer for reader in entry.readers),
+        "readers": " ".join(reader.layer for reader in (*entry.readers, *entry.followers)),
         "rows": sum(matrix.rows for matrix in matrices),
         "columns": len(entry.rows),
         "tokens": min(shared.statistic.tokens if shared.statistic else 0 for shared in stage),

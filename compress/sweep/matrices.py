@@ -28,6 +28,7 @@ class Matrix:
         on_disk: names on disk of its float weight, several where it is split there; empty where the
             weight is tied to another.
         transposed: whether the parameter lies with its input features in front, as GPT-2's do.
+        pooled: whether it is all experts of a fused parameter at once, their rows stacked.
     """
 
     module: str
@@ -38,14 +39,19 @@ class Matrix:
     columns: int
     on_disk: tuple[str, ...]
     transposed: bool = False
+    pooled: bool = False
 
     @property
     def name(self) -> str:
         """How plans, tables and patterns name it."""
+        if self.pooled:
+            return self.parameter
         return self.module if self.expert is None else f"{self.parameter}.{self.expert}"
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The matrix as a view into its parameter."""
+        """The matrix as a view into its parameter; a copy where transposed experts are pooled."""
+        if self.pooled:
+            return (parameter.mT if self.transposed else parameter).reshape(self.rows, self.columns)
         if self.transposed:
             return parameter.mT
         return parameter if self.expert is None else parameter[self.expert]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from compress.core.artifact import Artifact
 from compress.models.fold_search import find_folds
@@ -24,6 +25,8 @@ _LLAMA = {
 }
 _GEMMA = {**_LLAMA, "pre_feedforward_layernorm": _GATED}
 del _GEMMA["post_attention_layernorm"]
+_MIXTURE = {**_LLAMA, "post_attention_layernorm": {"mlp.experts.gate_up_proj"}}
+del _MIXTURE["mlp.up_proj"]
 KNOWN: dict[str, dict[str, set[str]]] = {
     "llama": _LLAMA,
     "llama-tied": _LLAMA,
@@ -55,6 +58,20 @@ KNOWN: dict[str, dict[str, set[str]]] = {
         "self_attn.qkv_proj": {"self_attn.o_proj"},
         "mlp.gate_up_proj": {"mlp.down_proj"},
     },
+    # A norm in front of a router and experts: the router follows, all experts and what all tokens share read.
+    "mixtral": _MIXTURE,
+    "qwen2-moe": {
+        **_MIXTURE,
+        "post_attention_layernorm": {
+            "mlp.experts.gate_up_proj",
+            "mlp.shared_expert.gate_proj",
+            "mlp.shared_expert.up_proj",
+            "mlp.shared_expert_gate",
+        },
+        "mlp.shared_expert.up_proj": {"mlp.shared_expert.down_proj"},
+    },
+    "qwen3-moe": _MIXTURE,
+    "gpt-oss": _MIXTURE,
     "bert": {"attention.self.value": {"attention.output.dense"}},
     "distilbert": {"attention.v_lin": {"attention.out_lin"}},
     "albert": {"albert_layers.0.attention.value": {"albert_layers.0.attention.dense"}},
@@ -140,6 +157,51 @@ def test_a_norm_that_adds_one_is_told(tmp_path: Path) -> None:
     weight = torch.tensor([0.5, -1.0, 0.0])
     divided = Rescaling({0: torch.tensor([0.5, 2.0, 4.0])}, 1.0).of(weight)
     torch.testing.assert_close(1 + divided, (1 + weight) * torch.tensor([0.5, 2.0, 4.0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "router", "columns"),
+    [
+        ("mixtral", "mlp.gate.weight", -1),
+        ("qwen3-moe", "mlp.gate.weight", -1),
+        ("gpt-oss", "mlp.router.weight", -2),
+    ],
+)
+def test_a_router_follows_and_has_no_say(name: str, router: str, columns: int, tmp_path: Path) -> None:
+    found = found_in(write(name, tmp_path))
+    fold = next(f for f in found.folds if f.producer == "post_attention_layernorm")
+    assert [(reader.layer, reader.dimension) for reader in fold.followers] == [(router, -1)]
+    assert [(reader.layer, reader.dimension) for reader in fold.readers] == [
+        ("mlp.experts.gate_up_proj", columns)
+    ]
+    assert f"{fold.block}.{router}" in fold.parameters
+    inner = found.unfolded[f"{fold.block}.mlp.experts.down_proj"]
+    assert inner == "nothing in its block scales its input"
+
+
+def test_a_router_may_cast_its_weight(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "vocab_size": 96}
+    ranks = {
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "qk_nope_head_dim": 8,
+    }
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+    config = transformers.DeepseekV3Config(
+        **sizes, **ranks, **experts, num_hidden_layers=2, num_attention_heads=4, first_k_dense_replace=1
+    )
+    transformers.DeepseekV3ForCausalLM(config).save_pretrained(tmp_path)
+    found = found_in(tmp_path)
+    name = "model.layers.1.post_attention_layernorm"
+    fold = next(f for f in found.folds if f.name == name)
+    assert [reader.layer for reader in fold.followers] == ["mlp.gate.weight"]
+    assert {"mlp.experts.gate_up_proj", "mlp.shared_experts.up_proj"} <= {r.layer for r in fold.readers}
+    model = loaded(tmp_path, torch.float64)
+    before = outputs(model)
+    put(model, found.folds)
+    assert float((before - outputs(model)).abs().max()) <= 1e-5 * float(before.abs().max())
 
 
 def test_what_cannot_take_a_factor_is_named_with_the_reason(tmp_path: Path) -> None:

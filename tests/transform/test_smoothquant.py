@@ -61,7 +61,8 @@ def test_the_model_computes_what_it_computed(name: str, tmp_path: Path) -> None:
     check_changed(source, out)
     said = decisions(out)
     for row in said["layers"].values():
-        assert row["tokens"] == SAMPLES * LENGTH
+        # Experts of a mixture see a token as often as it is sent to one.
+        assert row["tokens"] in (SAMPLES * LENGTH, 2 * SAMPLES * LENGTH)
         assert float(row["smallest"]) < float(row["largest"])
 
 
