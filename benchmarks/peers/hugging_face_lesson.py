@@ -102,7 +102,7 @@ def listen(trainer: Any, lesson: Lesson, watch: Watch) -> None:
     def heard(*arguments: Any, **options: Any) -> Any:
         loss = compute(*arguments, **options)
         shared = options.get("num_items_in_batch") is not None and trainer.model_accepts_loss_kwargs
-        watch.losses.append(float(loss) * (lesson.accumulation if shared else 1))
+        watch.losses.append(float(loss.detach()) * (lesson.accumulation if shared else 1))
         return loss
 
     trainer.compute_loss = heard

@@ -1,9 +1,9 @@
 """Large tensors in large pages of memory, where a machine has them for who asks.
 
-The largest tensors of a run live for a moment and go back to the system: the logits of a few hundred positions
-are 100 MB. Page by page of 4 KB, to get them takes as long as to compute something from them; in pages of 2 MB
-it does not. Linux gives such pages to every program, to none, or to those that ask, and torch asks only where
-its environment says so.
+The largest tensors of a run live for a moment and go back to the system: the logits of a few hundred
+positions are 100 MB. Page by page of 4 KB, to get them takes as long as to compute something from them; in
+pages of 2 MB it does not. Linux gives such pages to every program, to none, or to those that ask, and torch
+asks only where its environment says so.
 """
 
 import os
