@@ -91,7 +91,8 @@ def imitation(
         teacher: logits of the same shape, or the most likely tokens and the tail, of the plain distribution.
         targets: integers ``[positions]``, the tokens that follow.
         scale: what the gradient is multiplied with.
-        consumed: whether the gradient may take the place of the teacher's logits, in their precision.
+        consumed: whether the gradient may take the place of the teacher's logits, where both models' are of one
+            precision; otherwise it has that of the computation.
 
     Raises:
         ValueError: a temperature other than 1 with a tail, of which only the sum is known.
@@ -103,9 +104,10 @@ def imitation(
     if count <= rows:
         return _imitation(student, teacher, targets, criterion, wanted)
     gradient: torch.Tensor | None = None
-    if with_gradient:
-        replaced = consumed and isinstance(teacher, torch.Tensor)
-        gradient = teacher if replaced else torch.empty_like(student, dtype=_precision(student))
+    if with_gradient and consumed and isinstance(teacher, torch.Tensor) and teacher.dtype == student.dtype:
+        gradient = teacher
+    elif with_gradient:
+        gradient = torch.empty_like(student, dtype=_precision(student))
     parts = []
     for at in (slice(start, start + rows) for start in range(0, count, rows)):
         theirs = teacher.rows(at) if isinstance(teacher, Buckets) else teacher[at]
@@ -263,11 +265,11 @@ def _total_variation(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, _S
 
 def _expected(probability: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The mean of a logarithm of a ratio; what cannot happen counts nothing, whatever its value."""
-    # What is left below zero is rounding.
-    found = (probability * value).sum(-1)
-    # Looking is cheap on a CPU, and masking is not; an accelerator would have to be waited for.
-    if found.device.type != "cpu" or found.isnan().any():
+    # To look is cheap on a CPU, and to mask is not; an accelerator would have to be waited for.
+    found = (probability * value).sum(-1) if value.device.type == "cpu" else None
+    if found is None or found.isnan().any():
         found = torch.where(probability > 0, probability * value, 0.0).sum(-1)
+    # What is left below zero is rounding.
     return found.clamp_min(0.0)
 
 

@@ -303,3 +303,16 @@ def test_the_gradient_is_scaled() -> None:
     assert plain.gradient is not None
     torch.testing.assert_close(scaled.gradient, plain.gradient / 4)
     torch.testing.assert_close(scaled.loss, plain.loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_gradient_may_take_the_place_of_a_teacher_of_the_same_precision(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher, targets = drawn(positions=7)
+    whole = imitation(student, teacher.to(dtype), targets, Criterion(), with_gradient=True)
+    monkeypatch.setattr(divergence, "_CACHED", 0)
+    given = teacher.to(dtype)
+    found = imitation(student, given, targets, Criterion(), with_gradient=True, consumed=True)
+    assert (found.gradient is given) == (dtype == student.dtype)
+    torch.testing.assert_close(found.gradient, whole.gradient)
