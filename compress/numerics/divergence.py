@@ -91,8 +91,8 @@ def imitation(
         teacher: logits of the same shape, or the most likely tokens and the tail, of the plain distribution.
         targets: integers ``[positions]``, the tokens that follow.
         scale: what the gradient is multiplied with.
-        consumed: whether the gradient may take the place of the teacher's logits, where both models' are of one
-            precision; otherwise it has that of the computation.
+        consumed: whether the gradient may take the place of the teacher's logits, where those of both are of
+            one precision; otherwise it has that of the computation.
 
     Raises:
         ValueError: a temperature other than 1 with a tail, of which only the sum is known.
