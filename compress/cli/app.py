@@ -18,6 +18,7 @@ from compress import __version__
 from compress.cli import analysis, commands, failures, from_pass, teaching
 from compress.core.errors import UsageError, did_you_mean
 from compress.core.launch import require_alone
+from compress.core.pages import ask_for_large_pages
 from compress.core.passes import FAMILIES, names, own_names
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    ask_for_large_pages()
     try:
         result = get_command(app).main(args=words, prog_name="compress", standalone_mode=False)
         if result == failures.INTERRUPTED:

@@ -38,15 +38,18 @@ The other divergences are no such means, and are those over the outcomes.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import log
+from typing import Final
 
 import torch
 
 from compress.numerics.buckets import Buckets
 from compress.numerics.criterion import Criterion, Term
 
+_CACHED: Final = 2**19
+"""Numbers of a distribution that a core's caches hold together with what is computed from them."""
 _Slope = Callable[[], torch.Tensor]
 _Divergence = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, _Slope]]
 
@@ -75,56 +78,99 @@ def imitation(
     criterion: Criterion,
     *,
     with_gradient: bool = False,
+    scale: float = 1.0,
+    consumed: bool = False,
 ) -> Imitation:
     """Compare distributions; everything is computed in float32, or in float64 where logits are float64.
+
+    A CPU takes a few positions at a time, whose distributions stay in its caches from one operation to the
+    next: through memory goes every logit once, and its gradient once.
 
     Args:
         student: logits ``[positions, vocabulary]``. No gradient flows through this function.
         teacher: logits of the same shape, or the most likely tokens and the tail, of the plain distribution.
         targets: integers ``[positions]``, the tokens that follow.
+        scale: what the gradient is multiplied with.
+        consumed: whether the gradient may take the place of the teacher's logits, where those of both are of
+            one precision; otherwise it has that of the computation.
 
     Raises:
         ValueError: a temperature other than 1 with a tail, of which only the sum is known.
     """
-    temperature = criterion.temperature
-    if isinstance(teacher, Buckets) and temperature != 1.0:
+    if isinstance(teacher, Buckets) and criterion.temperature != 1.0:
         raise ValueError("a distribution known by its most likely tokens and a tail cannot be softened")
-    with torch.no_grad():
-        student = _wide(student)
-        plain = student.log_softmax(-1)
-        soft = plain if temperature == 1.0 else (student / temperature).log_softmax(-1)
-        if isinstance(teacher, Buckets):
-            p, q = teacher.outcomes.to(soft.dtype), teacher.of(soft)
-        else:
-            p, q = (_wide(teacher) / temperature).log_softmax(-1), soft
-        terms: dict[Term, torch.Tensor] = {
-            "forward_kl": torch.empty(0),
-            "cross_entropy": -plain.gather(-1, targets[:, None])[:, 0],
-        }
-        slope: torch.Tensor | None = None
-        for name, divergence in _divergences(criterion.beta).items():
-            weight = criterion.weights.get(name, 0.0)
-            if name not in criterion.weights and name not in terms:
-                continue
-            order = 1 if name == "total_variation" else 2
-            value, gradient = divergence(p, q)
-            if name == "forward_kl" and isinstance(teacher, Buckets):
-                value = value + _inside_tail(teacher, p, q, soft)
-            terms[name] = value * temperature**order
-            if with_gradient and weight:
-                part = gradient().mul_(weight * temperature ** (order - 1))
-                slope = part if slope is None else slope.add_(part)
-        loss = sum((weight * terms[name] for name, weight in criterion.weights.items()), torch.zeros(()))
-        found = None
-        if with_gradient:
-            share = criterion.weights.get("cross_entropy", 0.0)
-            found = _in_logits(slope, teacher, soft, p, q, criterion.weights.get("forward_kl", 0.0))
-            if share:
-                truth = plain.exp_().mul_(share)
-                truth.scatter_add_(-1, targets[:, None], torch.full_like(truth[:, :1], -share))
-                found = truth if found is None else found.add_(truth)
-            elif found is None:
-                found = torch.zeros_like(student)
+    count, rows = len(student), _rows_at_once(student)
+    wanted = scale if with_gradient else None
+    if count <= rows:
+        return _imitation(student, teacher, targets, criterion, wanted)
+    gradient: torch.Tensor | None = None
+    if with_gradient and consumed and isinstance(teacher, torch.Tensor) and teacher.dtype == student.dtype:
+        gradient = teacher
+    elif with_gradient:
+        gradient = torch.empty_like(student, dtype=_precision(student))
+    parts = []
+    for at in (slice(start, start + rows) for start in range(0, count, rows)):
+        theirs = teacher.rows(at) if isinstance(teacher, Buckets) else teacher[at]
+        part = _imitation(student[at], theirs, targets[at], criterion, wanted)
+        if gradient is not None and part.gradient is not None:
+            gradient[at] = part.gradient
+        parts.append(replace(part, gradient=None))
+    terms = {name: torch.cat([part.terms[name] for part in parts]) for name in parts[0].terms}
+    return Imitation(terms, torch.cat([part.loss for part in parts]), gradient)
+
+
+def _rows_at_once(logits: torch.Tensor) -> int:
+    """Positions that are compared at once: all on an accelerator; at least one for each thread of a CPU."""
+    if logits.device.type != "cpu":
+        return max(1, len(logits))
+    return max(torch.get_num_threads(), _CACHED // logits.shape[-1])
+
+
+@torch.no_grad()
+def _imitation(
+    student: torch.Tensor,
+    teacher: torch.Tensor | Buckets,
+    targets: torch.Tensor,
+    criterion: Criterion,
+    scale: float | None,
+) -> Imitation:
+    """See `imitation`; the gradient only where there is a scale of it."""
+    temperature = criterion.temperature
+    plain = _wide(student).log_softmax(-1)
+    soft = plain if temperature == 1.0 else (_wide(student) / temperature).log_softmax(-1)
+    if isinstance(teacher, Buckets):
+        p, q = teacher.outcomes.to(soft.dtype), teacher.of(soft)
+    else:
+        theirs = _wide(teacher)
+        p, q = (theirs if temperature == 1.0 else theirs / temperature).log_softmax(-1), soft
+    terms: dict[Term, torch.Tensor] = {
+        "forward_kl": torch.empty(0),
+        "cross_entropy": -plain.gather(-1, targets[:, None])[:, 0],
+    }
+    slope: torch.Tensor | None = None
+    for name, divergence in _divergences(criterion.beta).items():
+        weight = criterion.weights.get(name, 0.0)
+        if name not in criterion.weights and name not in terms:
+            continue
+        order = 1 if name == "total_variation" else 2
+        value, gradient = divergence(p, q)
+        if name == "forward_kl" and isinstance(teacher, Buckets):
+            value = value + _inside_tail(teacher, p, q, soft)
+        terms[name] = value * temperature**order
+        if scale is not None and weight:
+            part = gradient().mul_(scale * weight * temperature ** (order - 1))
+            slope = part if slope is None else slope.add_(part)
+    loss = sum((weight * terms[name] for name, weight in criterion.weights.items()), torch.zeros(()))
+    found = None
+    if scale is not None:
+        share = scale * criterion.weights.get("cross_entropy", 0.0)
+        found = _in_logits(slope, teacher, soft, p, q, scale * criterion.weights.get("forward_kl", 0.0))
+        if share:
+            truth = plain.exp_().mul_(share)
+            truth.scatter_add_(-1, targets[:, None], torch.full_like(truth[:, :1], -share))
+            found = truth if found is None else found.add_(truth)
+        elif found is None:
+            found = torch.zeros_like(plain)
     return Imitation(terms, loss, found)
 
 
@@ -219,9 +265,17 @@ def _total_variation(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, _S
 
 def _expected(probability: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The mean of a logarithm of a ratio; what cannot happen counts nothing, whatever its value."""
+    # To look is cheap on a CPU, and to mask is not; an accelerator would have to be waited for.
+    found = (probability * value).sum(-1) if value.device.type == "cpu" else None
+    if found is None or found.isnan().any():
+        found = torch.where(probability > 0, probability * value, 0.0).sum(-1)
     # What is left below zero is rounding.
-    return torch.where(probability > 0, probability * value, 0.0).sum(-1).clamp_min(0.0)
+    return found.clamp_min(0.0)
+
+
+def _precision(logits: torch.Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return logits.to(_precision(logits))

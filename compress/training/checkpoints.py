@@ -143,6 +143,5 @@ class Checkpoints:
         for entry, value in tensors.items():
             name, _, key = entry.rpartition(":")
             parameter = self._parameters[name]
-            # The count of steps stays on the host, where AdamW itself puts it.
-            device = value.device if key == "step" else parameter.device
-            self._optimiser.state[parameter][key] = value.to(device)
+            # Also the count of steps, which the fused AdamW keeps beside the weights.
+            self._optimiser.state[parameter][key] = value.to(parameter.device)

@@ -127,9 +127,17 @@ class Distributions(Objective):
             for rows in self._packing.rows(windows, prompt).split(self._chunk):
                 states = flat[rows].requires_grad_()
                 logits = self._student.logits(states)
-                found = imitation(logits, lesson(rows), targets[rows], self._criterion, with_gradient=True)
+                found = imitation(
+                    logits,
+                    lesson(rows),
+                    targets[rows],
+                    self._criterion,
+                    with_gradient=True,
+                    scale=1 / positions,
+                    consumed=True,
+                )
                 losses = losses.plus(self._sums(found))
-                logits.backward(_there(found.gradient).div_(positions).to(logits.dtype))
+                logits.backward(_there(found.gradient).to(logits.dtype))
                 wishes[rows] = _there(states.grad)
         gradient = torch.zeros_like(body)
         gradient[:, :-1] = wishes.view(len(body), -1, body.shape[-1])

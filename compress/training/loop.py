@@ -235,7 +235,7 @@ class Loop:
             # Without a gradient there are no moments, so that a zero stays exactly zero.
             if gradient is not None:
                 gradient.mul_(kept)
-        norm = float(self._clip())
+        norm = self._clip()
         means = self._means(total)
         if not (math.isfinite(norm) and all(map(math.isfinite, means.values()))):
             raise CalibrationError(
@@ -247,11 +247,14 @@ class Loop:
         self._optimiser.step()
         return means, norm
 
-    def _clip(self) -> torch.Tensor:
+    def _clip(self) -> float:
         """The norm of the whole gradient, which is scaled down where that is above the limit."""
-        limit = self._numbers.clip or math.inf
         weights = [weight for weight in self._parameters.values() if weight.grad is not None]
-        return torch.nn.utils.clip_grad_norm_(weights, limit)
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        # Its value is needed in any case, and below the limit nothing has to be read again.
+        if float(norm) > (self._numbers.clip or math.inf):
+            torch.nn.utils.clip_grads_with_norm_(weights, self._numbers.clip, norm)
+        return float(norm)
 
     def _judge(self, step: int) -> dict[str, float]:
         self._run.reporter.event("training.evaluate", step=step)
@@ -303,4 +306,6 @@ def _adamw(parameters: dict[str, torch.nn.Parameter], numbers: Trainer) -> torch
         {"params": matrices, "weight_decay": numbers.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], numbers.learning_rate, BETAS)
+    filled = [group for group in groups if group["params"]]
+    # Fused, each weight with its gradient and moments is read once.
+    return torch.optim.AdamW(filled, numbers.learning_rate, BETAS, fused=True)

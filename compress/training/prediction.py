@@ -21,10 +21,11 @@ IMPORT_BYTES = 700 * 2**20
 _NUMBERS = {"cpu": 2**20, "cuda": 2**26}
 """Logits of one model that stand in memory at once, where nobody says another number. A CPU is fastest with
 as many as its caches hold."""
-_FEWEST = 128
-"""Positions for which it is worth to read the weights of a head."""
-_COPIES = 8
-"""Tensors of the size of a chunk's logits that a loss and its gradient take."""
+_FEWEST = 256
+"""Positions for which it is worth to read the weights of a head, and to write their gradient."""
+_COPIES = {"cpu": 4, "cuda": 8}
+"""Tensors of the size of a chunk's logits that a loss and its gradient take; a CPU compares few positions at
+a time (`compress.numerics.divergence`)."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def predict(
     width = 2 if arithmetic == "bfloat16" else 4
     weights = sum(file.stat().st_size for file in source.weight_files)
     activations = windows * numbers.window * student.kept(recomputed=recomputed) * width
-    logits = _COPIES * min(chunk, windows * numbers.window) * student.vocabulary * 4
+    logits = _COPIES[device] * min(chunk, windows * numbers.window) * student.vocabulary * 4
     held, learned = _held(numbers, source, student)
     models = held + (teacher.parameters * width if teacher is not None else 0)
     drawn = 40 * (numbers.tokens + numbers.evaluation_tokens)

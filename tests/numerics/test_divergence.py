@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
+from compress.numerics import divergence
 from compress.numerics.buckets import buckets
 from compress.numerics.criterion import Criterion, Term
 from compress.numerics.divergence import imitation
@@ -272,3 +273,46 @@ def test_a_tail_cannot_be_softened() -> None:
 
 def test_without_a_gradient_none_is_made() -> None:
     assert imitation(*drawn(), Criterion()).gradient is None
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("known", [False, True])
+def test_positions_are_compared_a_few_at_a_time(
+    weights: Mapping[Term, float], known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher, targets = drawn(positions=7)
+    wanted = buckets(teacher, 4, 3) if known else teacher
+    whole = imitation(student, wanted, targets, Criterion(weights), with_gradient=True, scale=0.5)
+    monkeypatch.setattr(divergence, "_CACHED", 2 * student.shape[1])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    found = imitation(student, wanted, targets, Criterion(weights), with_gradient=True, scale=0.5)
+    assert found.terms.keys() == whole.terms.keys()
+    for name, value in whole.terms.items():
+        torch.testing.assert_close(found.terms[name], value)
+    torch.testing.assert_close(found.loss, whole.loss)
+    torch.testing.assert_close(found.gradient, whole.gradient)
+    assert imitation(student, wanted, targets, Criterion(weights)).gradient is None
+
+
+def test_the_gradient_is_scaled() -> None:
+    weights: Mapping[Term, float] = {"total_variation": 0.5, "forward_kl": 0.2, "cross_entropy": 0.3}
+    plain, scaled = (
+        imitation(*drawn(), Criterion(weights, temperature=2.0), with_gradient=True, scale=scale)
+        for scale in (1.0, 0.25)
+    )
+    assert plain.gradient is not None
+    torch.testing.assert_close(scaled.gradient, plain.gradient / 4)
+    torch.testing.assert_close(scaled.loss, plain.loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_gradient_may_take_the_place_of_a_teacher_of_the_same_precision(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher, targets = drawn(positions=7)
+    whole = imitation(student, teacher.to(dtype), targets, Criterion(), with_gradient=True)
+    monkeypatch.setattr(divergence, "_CACHED", 0)
+    given = teacher.to(dtype)
+    found = imitation(student, given, targets, Criterion(), with_gradient=True, consumed=True)
+    assert (found.gradient is given) == (dtype == student.dtype)
+    torch.testing.assert_close(found.gradient, whole.gradient)
