@@ -9,7 +9,8 @@ counts.
 Layers are chosen evenly, with the first and the last, as for DistilBERT. Of a narrower hidden state and of
 narrower MLPs every n-th channel is kept, the same ones wherever they are written and read, embeddings and
 norms included. Heads stay as many and, where the configuration class has a field for it, as wide. `weights:
-fresh` draws the weights instead, as the class does for a new model.
+fresh` draws the weights instead, as the class does for a new model; without a smaller shape that is a model
+of the same size from scratch, which tells what a pruning was worth.
 """
 
 from pathlib import Path
@@ -64,9 +65,9 @@ class Student(Pass):
         """Write the student; see `compress.sweep.reshaping`."""
         from compress.sweep.reshaping import reshape
 
-        return reshape(self._wanted(), self.weights, source, target, run)
+        return reshape(self._wanted(), source, target, run)
 
     def _wanted(self) -> "Wanted":
         from compress.sweep.reshaping import Wanted
 
-        return Wanted(self.layers, self.hidden, self.mlp)
+        return Wanted(self.layers, self.hidden, self.mlp, self.weights)

@@ -146,7 +146,8 @@ class Width(Pass):
     @model_validator(mode="after")
     def _one_way(self) -> "Width":
         shares = ("keep", "mlp", "heads", "key_value_groups", "hidden")
-        given = [name for name in shares if name in self.model_fields_set]
+        # A recipe with everything spelled out says the defaults too.
+        given = [name for name in shares if getattr(self, name) != type(self).model_fields[name].default]
         if self.budget is not None and given:
             raise ValueError(f"a budget finds the shares itself: leave {' and '.join(given)} out")
         return self

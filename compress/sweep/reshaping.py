@@ -46,11 +46,14 @@ class Wanted:
         layers: blocks.
         hidden: width of the hidden state.
         mlp: channels of each MLP.
+        weights: ``teacher`` takes them from the large model; ``fresh`` draws them as the model's class does,
+            from the run's seed.
     """
 
     layers: int | None = None
     hidden: int | None = None
     mlp: int | None = None
+    weights: Weights = "teacher"
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,10 @@ def plan(wanted: Wanted, source: Artifact, run: Run) -> Reshaping:
             f"{type(config).__name__} cannot have this shape: {search.refusal}",
             "--hidden must be a multiple of the number of heads in many classes",
         )
-    if document == dict(source.config):
+    if wanted.weights == "teacher" and document == dict(source.config):
         raise PlanError(
-            f"{source.path} has this shape already", "give --layers, --hidden or --mlp below what it has"
+            f"{source.path} has this shape already",
+            "give --layers, --hidden or --mlp below what it has, or --weights fresh to begin anew",
         )
     stack = blocks[0].name.rpartition(".")[0]
     origin = _origins(checkpoint, stack, layers)
@@ -142,16 +146,11 @@ def check(wanted: Wanted, source: Artifact, run: Run) -> Needs:
     return Needs(sum(sizes), IMPORT_BYTES + 12 * largest + 4 * sum(sizes), 0, 1.0 + sum(sizes) / _RATE)
 
 
-def reshape(wanted: Wanted, weights: Weights, source: Artifact, target: Path, run: Run) -> Outcome:
-    """Write the small model: an ordinary checkpoint in the precision of the large one.
-
-    Args:
-        weights: ``teacher`` takes them from the large model; ``fresh`` draws them as the model's class does,
-            from the run's seed.
-    """
+def reshape(wanted: Wanted, source: Artifact, target: Path, run: Run) -> Outcome:
+    """Write the small model: an ordinary checkpoint in the precision of the large one."""
     made = plan(wanted, source, run)
     (target / "config.json").write_text(json.dumps(made.config, indent=2) + "\n", encoding="utf-8")
-    drawn = _drawn(made, source, run) if weights == "fresh" else None
+    drawn = _drawn(made, source, run) if wanted.weights == "fresh" else None
     loaded, known = loaded_dtype(source), set(made.checkpoint.names)
     meant: dict[str, Meant] = {}
 
@@ -185,7 +184,7 @@ def reshape(wanted: Wanted, weights: Weights, source: Artifact, target: Path, ru
         "taken_from": list(made.layers),
         "config": changed,
         "parameters": parameters,
-        "weights": weights,
+        "weights": wanted.weights,
     }
     return Outcome(decisions, dict(sorted(meant.items())))
 

@@ -86,6 +86,17 @@ def test_fresh_weights_are_drawn_by_the_seed(tmp_path: Path) -> None:
     assert float(matrix.std()) == pytest.approx(0.02, rel=0.1)
 
 
+def test_fresh_weights_may_have_the_shape_that_is_there(tmp_path: Path) -> None:
+    source = models_zoo.write("llama-tied", tmp_path)
+    told = made(source, tmp_path / "out", weights="fresh")
+    assert told["parameters"]["before"] == told["parameters"]["after"]
+    before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "out"))
+    assert {name: weight.shape for name, weight in before.items()} == {
+        name: weight.shape for name, weight in after.items()
+    }
+    assert not any(torch.equal(before[name], after[name]) for name in before if before[name].dim() > 1)
+
+
 def test_layers_are_even_with_both_ends() -> None:
     assert _evenly(12, 6) == (0, 2, 4, 7, 9, 11)
     assert _evenly(12, 12) == tuple(range(12))

@@ -8,6 +8,7 @@ import pytest
 from compress import engine
 from compress.core.artifact import Artifact
 from compress.core.errors import PlanError, UsageError
+from compress.core.recipe import Recipe
 from compress.core.run import CalibrationSource, Run
 from compress.prune.width import Width
 from compress.sweep import width_trials
@@ -113,3 +114,11 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
             tmp_path / "out",
             single=True,
         )
+
+
+def test_a_recipe_with_a_budget_can_be_spelled_out_and_read_again(tmp_path: Path) -> None:
+    document = planned(source=tmp_path / "model", folder=tmp_path, budget="60%")
+    recipe = Recipe.of(document)
+    assert Recipe.from_yaml(recipe.dump()).dump() == recipe.dump()
+    with pytest.raises(UsageError, match="leave keep and hidden out"):
+        Recipe.of({**document, "steps": [{**document["steps"][0], "keep": 0.5, "hidden": 0.9}]})
