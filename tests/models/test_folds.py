@@ -168,7 +168,7 @@ def test_a_norm_that_adds_one_is_told(tmp_path: Path) -> None:
     ],
 )
 def test_a_router_follows_and_has_no_say(name: str, router: str, columns: int, tmp_path: Path) -> None:
-    found = found_in(write(name, tmp_path))
+    found = found_in(models_zoo.write(name, tmp_path))
     fold = next(f for f in found.folds if f.producer == "post_attention_layernorm")
     assert [(reader.layer, reader.dimension) for reader in fold.followers] == [(router, -1)]
     assert [(reader.layer, reader.dimension) for reader in fold.readers] == [
