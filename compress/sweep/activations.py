@@ -66,9 +66,8 @@ class Activations:
                 for place, extra in enumerate(entries):
                     if isinstance(extra, Kept):
                         tensors[f"{index}.extras.{position}.{place}"] = extra
-        layout = {
-            name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in {**tensors, **lengths}.items()
-        }
+        written: dict[str, Kept | torch.Tensor] = {**tensors, **lengths}
+        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in written.items()}
         write_shard(
             file,
             layout,
