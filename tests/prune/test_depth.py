@@ -114,7 +114,7 @@ def test_a_block_that_computes_by_its_number_is_caught(
 
 @SLOW
 def test_it_may_be_followed_by_others_and_generates(tmp_path: Path) -> None:
-    recipe = recipe_of(models_zoo.write("qwen2-sliding", tmp_path), tmp_path, keep=0.67)
+    recipe = recipe_of("prune.depth", models_zoo.write("qwen2-sliding", tmp_path), tmp_path, keep=0.67)
     recipe["steps"] += [
         {"use": "prune.width", "mlp": 0.5, "heads": 1.0},
         {"use": "quantize.rtn", "group_size": 16},
@@ -149,7 +149,7 @@ def test_it_may_be_followed_by_others_and_generates(tmp_path: Path) -> None:
 def test_a_run_that_is_killed_resumes_to_the_same_bytes(
     event: str, number: int, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    recipe = recipe_of(models_zoo.write("qwen3", tmp_path), tmp_path, **options)
+    recipe = recipe_of("prune.depth", models_zoo.write("qwen3", tmp_path), tmp_path, **options)
     again = killed_and_resumed(recipe, tmp_path, event, number)
     if options.get("by") == "loss":
         # Three blocks alone: two were measured.
