@@ -164,7 +164,10 @@ def start(settings: Settings, name: str, share: float, draw: int, work: Path) ->
         step: dict[str, Any] = {"use": "prune.depth", "layers": layers, "by": "loss"}
     else:
         importance = "magnitude" if name == "magnitude" else "activation"
-        step = {"use": "prune.width", "importance": importance, **shape(settings, share, work)}
+        shares = shape(settings, share, work)
+        # `keep` leaves heads that cannot go, as the search did; `heads` would be refused.
+        kept = {"keep": shares["heads"], "mlp": shares["mlp"], "hidden": shares["hidden"]}
+        step = {"use": "prune.width", "importance": importance, **kept}
     return made(folder, settings.recipe(settings.model, draw, step))
 
 

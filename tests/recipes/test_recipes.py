@@ -6,12 +6,19 @@ import jsonschema
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from compress import engine
+from compress.core.artifact import Artifact
 from compress.core.recipe import Recipe, schema
 from tests import models_zoo, quantized_models
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
+
+
+def stages(recipe: Recipe) -> list[str]:
+    """The folders of the artifacts that a recipe makes, which are the names of the arms of its bench."""
+    return [f"{number:02d}-{step.use}" for number, step in enumerate(recipe.steps, 1)]
 
 
 @pytest.fixture(params=sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
@@ -37,8 +44,7 @@ def test_it_says_how_it_is_used(path: Path) -> None:
 
 def test_a_gate_speaks_of_a_stage_that_there_is(path: Path) -> None:
     recipe = Recipe.load(path, settings=["model=some/model", "data.eval=some.txt"])
-    stages = {f"{number:02d}-{step.use}" for number, step in enumerate(recipe.steps, 1)}
-    known = stages | {"before", "after"}
+    known = {*stages(recipe), "before", "after"}
     for gate in recipe.gates:
         named = (gate.arms.before, gate.arms.after, gate.arms.damaged)
         assert {name.partition("@")[0] for name in named if name is not None} <= known
@@ -77,23 +83,44 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def small(name: str, place: Path, *settings: str) -> Recipe:
+    """A chain on the random model, with a few tokens."""
+    texts = {"calibration": "train", "train": "train", "eval": "eval"}
+    said = [f"model={place / 'llama-tied'}", "device=cpu", "threads=1", "data.samples=8"]
+    said += ["data.sequence_length=16", *(f"data.{use}={place / text}.txt" for use, text in texts.items())]
+    for step in CHAINS[name]:
+        said += [f"steps.{step}.{option}={value}" for option, value in TRAINING.items()]
+    return Recipe.load(FOLDER / f"{name}.yaml", settings=[*said, *settings])
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_has_a_gate_for_each_of_its_stages(name: str, place: Path) -> None:
+    recipe = small(name, place)
+    judged = {(gate.arms.after or "").partition("@")[0] for gate in recipe.gates}
+    assert judged == set(stages(recipe))
+
+
+def test_a_model_is_pruned_in_steps(place: Path, tmp_path: Path) -> None:
+    recipe = small("minitron", place, "bench=null", "gates=[]")
+    result = engine.run(recipe, tmp_path / "out")
+    assert [folder.name for folder in result.artifacts] == stages(recipe)
+    model = AutoModelForCausalLM.from_pretrained(result.final)
+    assert (model.config.num_hidden_layers, model.config.intermediate_size) == (2, 48)
+    lineage = Artifact.open(result.final).lineage
+    assert lineage is not None
+    # The original teaches both times.
+    assert len({step.options["teacher"] for step in lineage.steps if step.use == "distill.logits"}) == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_chain_judges_each_of_its_stages(name: str, place: Path, tmp_path: Path) -> None:
-    texts = {"calibration": "train", "train": "train", "eval": "eval"}
-    settings = [f"model={place / 'llama-tied'}", "device=cpu", "threads=1", "data.samples=8"]
-    settings += [
-        "data.sequence_length=16",
-        *(f"data.{use}={place / text}.txt" for use, text in texts.items()),
-    ]
-    for step in CHAINS[name]:
-        settings += [f"steps.{step}.{option}={value}" for option, value in TRAINING.items()]
-    settings += [f"bench.{option}={value}" for option, value in BENCH.items()]
-    recipe = Recipe.load(FOLDER / f"{name}.yaml", settings=settings)
+    recipe = small(name, place, *(f"bench.{option}={value}" for option, value in BENCH.items()))
     result = engine.run(recipe, tmp_path / "out")
-    stages = [folder.name for folder in result.artifacts]
-    assert stages == [f"{number:02d}-{step.use}" for number, step in enumerate(recipe.steps, 1)]
+    assert [folder.name for folder in result.artifacts] == stages(recipe)
     arms = {arm.model for arm in result.results.arms if arm.measurements["perplexity"].value is not None}
-    assert arms == {"before", *stages}
-    assert {judgement.after.partition("@")[0] for judgement in result.results.judgements} == {*stages}
+    assert arms == {"before", *stages(recipe)}
+    judged = {judgement.after.partition("@")[0] for judgement in result.results.judgements}
+    assert judged == set(stages(recipe))
     report = (tmp_path / "out/report.md").read_text(encoding="utf-8")
-    assert all(stage in report for stage in stages)
+    assert all(stage in report for stage in stages(recipe))
