@@ -57,8 +57,9 @@ REGIONS = (FORWARD, "Hessian", SOLVE, "input/output", CHECK, "other")
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--model", type=Path, help="a folder of a Llama in place of a random one")
+    parser.add_argument("--hidden", type=int, default=1024, help="width of the random Llama")
+    parser.add_argument("--layers", type=int, default=2, help="blocks of the random Llama")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="windows of calibration tokens")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=list(ENVIRONMENTS), choices=list(ENVIRONMENTS))
@@ -66,6 +67,18 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=REPOSITORY.parent / "peers/gptq-time")
     parser.add_argument("--report", type=Path, default=REPOSITORY / "reports/peers")
     return parser.parse_args()
+
+
+def subject(arguments: argparse.Namespace) -> str:
+    """The name of what is quantized."""
+    return arguments.model.name if arguments.model else f"{arguments.hidden}x{arguments.layers}"
+
+
+def describe(arguments: argparse.Namespace) -> str:
+    """What is quantized, in words."""
+    if arguments.model:
+        return f"Model `{arguments.model.name}`"
+    return f"A random Llama of {arguments.layers} blocks, width {arguments.hidden}"
 
 
 def write_llama(folder: Path, hidden: int, layers: int) -> None:
@@ -118,7 +131,7 @@ def program_key(name: str, arguments: argparse.Namespace) -> str:
     files = [*sorted(HERE.glob("run_*.py")), HERE / "cell.py", HERE / "regions.py"]
     if not ENVIRONMENTS[name]:
         files += sorted((REPOSITORY / "compress").rglob("*.py"))
-    shape = [arguments.hidden, arguments.layers, arguments.samples]
+    shape = [subject(arguments), arguments.samples]
     versions = installed_versions(python_of(name, arguments.environments))
     return digest_value([digest_files(files), versions, shape])
 
@@ -209,7 +222,7 @@ def render(report: Mapping[str, Any]) -> str:
     lines = [
         "# The time of GPTQ beside the peers",
         "",
-        f"A random Llama of {settings['layers']} blocks, width {settings['hidden']}, bfloat16; "
+        f"{settings['subject']}, bfloat16; "
         f"{settings['samples']} windows of {settings['length']} random tokens; W{BITS} g{GROUP_SIZE}, every "
         f"program at its defaults, {THREADS} thread. Seconds of processor time from the original's folder to "
         f"the result's, median of {settings['runs']} runs that took turns, each in a process that had "
@@ -251,17 +264,19 @@ def render(report: Mapping[str, Any]) -> str:
 def main() -> int:
     arguments = read_arguments()
     torch.set_num_threads(THREADS)
-    work = arguments.results.resolve() / f"{arguments.hidden}x{arguments.layers}-{arguments.samples}"
+    work = arguments.results.resolve() / f"{subject(arguments)}-{arguments.samples}"
     work.mkdir(parents=True, exist_ok=True)
-    write_llama(work / "model", arguments.hidden, arguments.layers)
+    if arguments.model is None:
+        write_llama(work / "model", arguments.hidden, arguments.layers)
+    elif not (work / "model").exists():
+        (work / "model").symlink_to(arguments.model.resolve(), target_is_directory=True)
     write_llama(work / "warm", 128, 1)
     tokens = work / "tokens.safetensors"
     write_tokens(tokens, arguments.samples)
     records = run_all(arguments, work, tokens)
     report = {
         "settings": {
-            "hidden": arguments.hidden,
-            "layers": arguments.layers,
+            "subject": describe(arguments),
             "samples": arguments.samples,
             "length": LENGTH,
             "runs": arguments.runs,

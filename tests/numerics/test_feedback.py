@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from compress.core.scheme import Scheme
-from compress.numerics import feedback
+from compress.numerics import feedback, grouping
 from compress.numerics.affine import ClipSearch, Quantized, choose_scales, round_to_nearest
-from compress.numerics.feedback import Ranges, output_error, refine, round_with_feedback, solve
+from compress.numerics.feedback import Ranges, output_error, round_with_feedback, solve
 from compress.numerics.hessian import Hessian, Order
+from compress.numerics.refinement import refine
 
 ROWS, COLUMNS = 12, 32
 SCHEMES = (
@@ -137,7 +138,7 @@ def test_chunks_of_rows_and_stacking_do_not_matter(monkeypatch: pytest.MonkeyPat
 
     stacked = solve(torch.cat([weight, other]))
     assert torch.equal(stacked.rows(ROWS, 2 * ROWS).q, solve(other).q)
-    monkeypatch.setattr(feedback, "HOST_ROWS", 3)
+    monkeypatch.setattr(grouping, "HOST_ROWS", 3)
     chunked = solve(torch.cat([weight, other]))
     assert torch.equal(stacked.q, chunked.q)
     assert torch.equal(stacked.scale, chunked.scale)
