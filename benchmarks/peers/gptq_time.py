@@ -66,6 +66,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--environments", type=Path, default=REPOSITORY.parent / "peers")
     parser.add_argument("--results", type=Path, default=REPOSITORY.parent / "peers/gptq-time")
     parser.add_argument("--report", type=Path, default=REPOSITORY / "reports/peers")
+    parser.add_argument("--name", default="gptq_time", help="of the report's files")
     return parser.parse_args()
 
 
@@ -191,6 +192,7 @@ def ratios(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found["ours"] = {name: items for name, items in judged.items() if items}
     if ROUNDING in middle and COPY in middle:
         found["rtn_share_of_copy"] = middle[COPY]["clock"] / middle[ROUNDING]["clock"]
+        found["rtn_processor_times"] = middle[ROUNDING]["total"] / middle[COPY]["total"]
         checked = middle[ROUNDING]["total"] / (middle[ROUNDING]["total"] - middle[ROUNDING][CHECK])
         found["rtn_share_of_copy_unverified"] = found["rtn_share_of_copy"] * checked
     return found
@@ -220,7 +222,7 @@ def render(report: Mapping[str, Any]) -> str:
     """The table, from the report's own numbers."""
     settings, machine = report["settings"], report["machine"]
     lines = [
-        "# The time of GPTQ beside the peers",
+        "# The time of GPTQ beside the peers" if "rival" in report["ratios"] else "# The rate of rounding",
         "",
         f"{settings['subject']}, bfloat16; "
         f"{settings['samples']} windows of {settings['length']} random tokens; W{BITS} g{GROUP_SIZE}, every "
@@ -254,8 +256,10 @@ def render(report: Mapping[str, Any]) -> str:
     if "rtn_share_of_copy" in found:
         lines += [
             "",
-            f"Rounding to nearest goes at {100 * found['rtn_share_of_copy']:.1f}% of the rate of a plain "
-            "copy of the same files, by the clock; at "
+            f"Rounding to nearest reads {report['runs'][0]['model_bytes'] / 2**20:.0f} MiB at "
+            f"{100 * found['rtn_share_of_copy']:.1f}% of the rate of a plain copy of the same files by the "
+            f"clock, both waiting for the disk, and takes {found['rtn_processor_times']:.1f} times its "
+            "processor time; by the clock it is at "
             f"{100 * found['rtn_share_of_copy_unverified']:.1f}% without reading back what it wrote.",
         ]
     return "\n".join(lines) + "\n"
@@ -287,9 +291,9 @@ def main() -> int:
         "runs": records,
     }
     arguments.report.mkdir(parents=True, exist_ok=True)
-    (arguments.report / "gptq_time.json").write_text(json.dumps(report) + "\n")
-    (arguments.report / "gptq_time.md").write_text(render(report))
-    print(f"{len(records)} runs; {arguments.report / 'gptq_time.md'}")
+    (arguments.report / f"{arguments.name}.json").write_text(json.dumps(report) + "\n")
+    (arguments.report / f"{arguments.name}.md").write_text(render(report))
+    print(f"{len(records)} runs; {arguments.report / arguments.name}.md")
     return 0 if len(records) == arguments.runs * len(arguments.only) else 1
 
 

@@ -74,7 +74,7 @@ def solve(
     damping: float,
     order: Order = "static",
     sweeps: int = 4,
-    block: int = 128,
+    block: int = 32,
     keep_zeros: bool = False,
 ) -> Solution:
     """Choose ranges, round with error feedback, refine: all that follows from a Hessian.
@@ -120,7 +120,7 @@ def round_with_feedback(
     zero: torch.Tensor | None,
     scheme: Scheme,
     factor: FeedbackFactor,
-    block: int = 128,
+    block: int = 32,
     *,
     keep_zeros: bool = False,
 ) -> Quantized:
@@ -159,18 +159,23 @@ def _fed_back(
     state = weight.T[factor.order]
     held = zeros_of(state) if keep_zeros else None
     levels = torch.empty(state.shape, dtype=torch.int8, device=weight.device)
+    stored = torch.empty(state.shape[1], dtype=grid.storage, device=weight.device)
     for stop in range(columns, 0, -block):
         begin = max(0, stop - block)
-        target = torch.addmm(state[begin:stop], factor.unit[stop:, begin:stop].T, state[stop:])
-        inner = factor.unit[begin:stop, begin:stop].T.contiguous()
-        for place in range(stop - 1, begin - 1, -1):
-            local, group = place - begin, groups[place]
-            aim = torch.addmv(target[local], state[place + 1 : stop].T, inner[local, local + 1 :])
-            chosen = grid.nearest(aim, group)
+        own = state[begin:stop]
+        targets = torch.addmm(own, factor.unit[stop:, begin:stop].T, state[stop:]).unbind(0)
+        # Places of the block that are not done yet count for nothing.
+        inner = factor.unit[begin:stop, begin:stop].T.contiguous().triu_(1).unbind(0)
+        found = torch.empty_like(own)
+        integers, errors = found.unbind(0), own.unbind(0)
+        for local in range(stop - begin - 1, -1, -1):
+            group = groups[begin + local]
+            aim = torch.addmv(targets[local], own.T, inner[local])
+            chosen = grid.nearest(aim, group, integers[local])
             if held is not None:
-                chosen = grid.emptied(chosen, held[place], group)
-            levels[place] = chosen
-            state[place].sub_(grid.values(chosen, group))
+                grid.emptied(chosen, held[begin + local], group)
+            errors[local].sub_(grid.stored(chosen, group, stored))
+        levels[begin:stop] = found
     q = torch.empty_like(levels)
     q[factor.order] = levels
     return q.T

@@ -4,7 +4,7 @@ Methods that round one column of all rows after another want each column contigu
 transposed here: ``[columns, rows]``, and ``[groups, rows]`` for scales and zero points.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self, final
 
 import torch
@@ -33,6 +33,13 @@ class Grid:
     highest: int
     width: int
     storage: torch.dtype
+    _steps: tuple[torch.Tensor, ...] = field(init=False)
+    _zeros: tuple[torch.Tensor, ...] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        # A walk over the columns of a small matrix takes as long as its indexing does.
+        object.__setattr__(self, "_steps", self.step.unbind(0))
+        object.__setattr__(self, "_zeros", None if self.zero is None else self.zero.unbind(0))
 
     @classmethod
     def of(
@@ -53,21 +60,28 @@ class Grid:
         groups: list[int] = (columns // self.width).tolist()
         return groups
 
-    def nearest(self, target: torch.Tensor, group: int) -> torch.Tensor:
-        """The nearest integers, as floats; ``target`` is ``[rows]``, a column of the group."""
-        levels = torch.div(target, self.step[group]).round_()
-        if self.zero is not None:
-            levels.add_(self.zero[group])
-        return levels.clamp_(self.lowest, self.highest)
+    def nearest(self, target: torch.Tensor, group: int, out: torch.Tensor) -> torch.Tensor:
+        """The nearest integers of one column of a group, as floats ``[rows]``; ``target`` is overwritten."""
+        levels = target.div_(self._steps[group]).round_()
+        if self._zeros is not None:
+            levels.add_(self._zeros[group])
+        return torch.clamp(levels, self.lowest, self.highest, out=out)
 
     def emptied(self, levels: torch.Tensor, held: torch.Tensor, group: int) -> torch.Tensor:
-        """Integers of one column, ``[rows]``, with those that are held, bool ``[rows]``, meaning zero."""
-        return levels.masked_fill_(held, 0) if self.zero is None else levels.where(~held, self.zero[group])
+        """Integers of one column, ``[rows]``, overwritten where they are held, bool ``[rows]``: with zero."""
+        if self._zeros is None:
+            return levels.masked_fill_(held, 0)
+        return levels.copy_(torch.where(held, self._zeros[group], levels))
+
+    def stored(self, levels: torch.Tensor, group: int, out: torch.Tensor) -> torch.Tensor:
+        """What a loader makes of the integers ``[rows]`` of one column, in the storage dtype."""
+        offset = levels if self._zeros is None else levels - self._zeros[group]
+        return torch.mul(offset, self._steps[group], out=out)
 
     def values(self, levels: torch.Tensor, group: int | torch.Tensor) -> torch.Tensor:
-        """What a loader makes of the integers, rounded to the storage dtype.
+        """What a loader makes of the integers ``[columns, rows]``, as float32.
 
-        ``levels`` is ``[..., rows]``, of one group; or ``[columns, rows]`` with the group of each column.
+        All are of one group, or ``group`` is that of each column.
         """
         offset = levels if self.zero is None else levels - self.zero[group]
         value = offset * self.step[group]

@@ -17,7 +17,7 @@ from compress.numerics.statistic import Statistic, check_sums
 
 Order = Literal["static", "none"]
 
-_BLOCK = 256
+_BLOCK = 128
 """Columns of one strip of the triangle that is computed; narrow enough to skip most of the other half."""
 _TOKENS = 1024
 """Tokens of one product: each reads and writes the whole triangle, so they should be many."""

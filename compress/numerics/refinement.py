@@ -31,7 +31,7 @@ def refine(
     damping: float,
     sweeps: int,
     scales: bool = True,
-    block: int = 64,
+    block: int = 32,
     keep_zeros: bool = False,
 ) -> Quantized:
     """Lower the error of a solution; no step raises the damped error.
@@ -155,21 +155,23 @@ class _Descent:
         curvature = self._hessian[own, own].clone()
         # A column without data and without damping has no curvature, and any value serves it.
         pivots = curvature.diagonal().add_(self._ridge).clamp(min=2.0**-126).unsqueeze(1)
-        influence, wishes = curvature.div_(pivots), slope / pivots
+        influence, wishes = curvature.div_(pivots).unbind(0), (slope / pivots).unbind(0)
         groups = self._groups[own]
         levels = self.levels[own].float()
         values = self.grid.values(levels, groups)
-        moved = torch.zeros_like(values)
+        moved, found = torch.zeros_like(values), torch.empty_like(values)
+        befores, changes, integers = values.unbind(0), moved.unbind(0), found.unbind(0)
+        stored = torch.empty(values.shape[1], dtype=self.grid.storage, device=values.device)
+        nothing = values.new_zeros(())
         for local, group in enumerate(groups.tolist()):
-            value = values[local]
-            wish = torch.addmv(wishes[local], moved[:local].T, influence[local, :local])
-            chosen = self.grid.nearest(value + wish, group)
-            change = value - self.grid.values(chosen, group)
+            # Columns after this one have not moved yet.
+            wish = torch.addmv(wishes[local], moved.T, influence[local])
+            chosen = self.grid.nearest(befores[local] + wish, group, integers[local])
+            change = befores[local] - self.grid.stored(chosen, group, stored)
             # Whether the new value is nearer to the wish: |change + wish| < |wish|.
             better = torch.add(change, wish, alpha=2).mul_(change) < 0
             if self._held is not None:
                 better &= ~self._held[own.start + local]
-            torch.where(better, chosen, levels[local], out=levels[local])
-            torch.mul(change, better, out=moved[local])
-        self.levels[own] = levels
+            torch.where(better, change, nothing, out=changes[local])
+        self.levels[own] = torch.where(moved == 0, levels, found)
         return moved
