@@ -5,7 +5,7 @@ Matrices are worked on transposed, columns of the weight as contiguous rows, sin
 over the columns of all rows at once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,8 @@ from compress.numerics.refinement import refine, zeros_of
 WIDEST_BLOCK = 1024
 """Columns of the widest group whose full Hessian is used to search its range; wider ones use its diagonal,
 because the search costs rows x columns x width for each candidate."""
+SEARCHED = 11
+"""Shrink factors that are tried: few, because scales are fitted to their integers afterwards."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Ranges:
         return None if self.clip == "none" else ClipSearch(signed=self.signed)
 
     def importance(self, hessian: Hessian, scheme: Scheme, damping: float) -> torch.Tensor | None:
-        """How errors count among the candidates; see `numerics.affine.choose_scales`."""
+        """How errors count that nothing makes up for; see `numerics.affine.choose_scales`."""
         if self.clip != "hessian":
             return None
         width = scheme.group_size or hessian.columns
@@ -99,8 +101,10 @@ def solve(
     factor = hessian.factor(damping, order)
     dead = hessian.dead
     weight[:, dead] = 0
-    importance = ranges.importance(hessian, scheme, factor.damping)
-    scale, zero = choose_scales(weight, scheme, storage, search=ranges.search, importance=importance)
+    # The range is for the values that are rounded with feedback, whose errors no longer interact.
+    importance = factor.importance if ranges.clip == "hessian" else None
+    search = replace(ranges.search, points=SEARCHED) if ranges.search else None
+    scale, zero = choose_scales(weight, scheme, storage, search=search, importance=importance)
     rounded = round_with_feedback(weight, scale, zero, scheme, factor, block, keep_zeros=keep_zeros)
     rounded = refine(
         weight,

@@ -51,6 +51,15 @@ class FeedbackFactor:
     pivots: torch.Tensor
     damping: float
 
+    @property
+    def importance(self) -> torch.Tensor:
+        """The pivot of each column, float32 ``[columns]``, in the order of the columns.
+
+        What an error of rounding costs that the columns after it make up for: with feedback the error of
+        the output is the sum of the squared differences between targets and values, each times its pivot.
+        """
+        return torch.empty_like(self.pivots).index_copy_(0, self.order, self.pivots)
+
 
 class Hessian(Statistic):
     """Accumulates ``X^T X`` in float32 and factors it.

@@ -281,14 +281,30 @@ def test_solving_chooses_ranges_then_feeds_back_then_refines(clip: str) -> None:
         weight.clone(), hessian, scheme, torch.bfloat16, ranges=ranges, damping=0.1, sweeps=2, block=16
     )
     weight[:, 3] = 0
-    search = None if clip == "none" else ClipSearch(signed=clip == "mse")
-    importance = hessian.blocks(8, 0.1) if clip == "hessian" else None
+    search = None if clip == "none" else ClipSearch(points=feedback.SEARCHED, signed=clip == "mse")
+    importance = hessian.factor(0.1, "static").importance if clip == "hessian" else None
     scale, zero = choose_scales(weight, scheme, torch.bfloat16, search=search, importance=importance)
     fed = round_with_feedback(weight, scale, zero, scheme, hessian.factor(0.1, "static"), 16)
     expected = refine(weight, fed, hessian, damping=0.1, sweeps=2, block=16)
     assert torch.equal(solution.quantized.q, expected.q)
     assert torch.equal(solution.quantized.scale, expected.scale)
     assert (solution.damping, solution.dead_columns) == (0.1, 1)
+
+
+@pytest.mark.parametrize("order", ["static", "none"])
+def test_importance_is_what_an_error_costs_in_the_end(order: Order) -> None:
+    _, hessian = _problem()
+    factor = hessian.factor(0.02, order)
+    damped = _damped(hessian, 0.02)
+    for column in (0, 7, COLUMNS - 1):
+        place = factor.order.tolist().index(column)
+        # One unit of error enters at the column, and those that are rounded after it make up for it.
+        after = factor.order[:place]
+        cost = damped[column, column]
+        if place:
+            made_up = torch.linalg.solve(damped[after][:, after], damped[after, column])
+            cost = cost - damped[column, after] @ made_up
+        assert float(factor.importance[column]) == pytest.approx(float(cost), rel=1e-4)
 
 
 def test_wide_groups_are_searched_with_the_diagonal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
