@@ -75,7 +75,7 @@ def solve(
     ranges: Ranges,
     damping: float,
     order: Order = "static",
-    sweeps: int = 4,
+    sweeps: int = 2,
     block: int = 32,
     keep_zeros: bool = False,
 ) -> Solution:
