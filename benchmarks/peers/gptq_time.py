@@ -242,8 +242,8 @@ def render(report: Mapping[str, Any]) -> str:
         lines += [
             "",
             f"Ours over {found['rival']}'s, whose whole run is the faster of the peers'. `compress-quick` is "
-            "ours without the refinement (`--refinement 0`), `compress-plain` also without the search of ranges "
-            "and the signs of scales, none of which the peers do.",
+            "ours without the refinement (`--refinement 0`), `compress-plain` also without the search of "
+            "ranges and the signs of scales. The peers do none of the three.",
             "",
             "| program | | of each run | median | at most | |",
             "|---|---|---|---|---|---|",

@@ -69,8 +69,8 @@ class Gptq(Rounder):
         default=2,
         ge=0,
         le=100,
-        description="sweeps of coordinate descent over scales and integers after rounding; each costs twice what "
-        "rounding does, and most of the gain is in the first two; 0 is the quickest",
+        description="sweeps of coordinate descent over scales and integers after rounding; each takes twice "
+        "as long as the rounding, most of the gain is in the first two, and 0 is the quickest",
     )
     keep_zeros: bool = Field(
         default=True, description="weights that are exactly zero, as pruning leaves them, stay zero"
