@@ -40,7 +40,7 @@ BITS, GROUP_SIZE = 4, 128
 SAMPLES, LENGTH = 64, 256
 THREADS = 1  # the regions see the processor time of threads of Python only
 VOCABULARY = 4096  # of gutenberg-4m, whose tokenizer lends the peers what they ask for
-OURS = ("compress", "compress-plain")
+OURS = ("compress", "compress-quick", "compress-plain")
 ROUNDING, COPY = "compress-rtn", "copy"
 ENVIRONMENTS = {
     **dict.fromkeys(OURS, ""),
@@ -57,15 +57,29 @@ REGIONS = (FORWARD, "Hessian", SOLVE, "input/output", CHECK, "other")
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--model", type=Path, help="a folder of a Llama in place of a random one")
+    parser.add_argument("--hidden", type=int, default=1024, help="width of the random Llama")
+    parser.add_argument("--layers", type=int, default=2, help="blocks of the random Llama")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="windows of calibration tokens")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=list(ENVIRONMENTS), choices=list(ENVIRONMENTS))
     parser.add_argument("--environments", type=Path, default=REPOSITORY.parent / "peers")
     parser.add_argument("--results", type=Path, default=REPOSITORY.parent / "peers/gptq-time")
     parser.add_argument("--report", type=Path, default=REPOSITORY / "reports/peers")
+    parser.add_argument("--name", default="gptq_time", help="of the report's files")
     return parser.parse_args()
+
+
+def subject(arguments: argparse.Namespace) -> str:
+    """The name of what is quantized."""
+    return arguments.model.name if arguments.model else f"{arguments.hidden}x{arguments.layers}"
+
+
+def describe(arguments: argparse.Namespace) -> str:
+    """What is quantized, in words."""
+    if arguments.model:
+        return f"Model `{arguments.model.name}`"
+    return f"A random Llama of {arguments.layers} blocks, width {arguments.hidden}"
 
 
 def write_llama(folder: Path, hidden: int, layers: int) -> None:
@@ -118,7 +132,7 @@ def program_key(name: str, arguments: argparse.Namespace) -> str:
     files = [*sorted(HERE.glob("run_*.py")), HERE / "cell.py", HERE / "regions.py"]
     if not ENVIRONMENTS[name]:
         files += sorted((REPOSITORY / "compress").rglob("*.py"))
-    shape = [arguments.hidden, arguments.layers, arguments.samples]
+    shape = [subject(arguments), arguments.samples]
     versions = installed_versions(python_of(name, arguments.environments))
     return digest_value([digest_files(files), versions, shape])
 
@@ -178,6 +192,7 @@ def ratios(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found["ours"] = {name: items for name, items in judged.items() if items}
     if ROUNDING in middle and COPY in middle:
         found["rtn_share_of_copy"] = middle[COPY]["clock"] / middle[ROUNDING]["clock"]
+        found["rtn_processor_times"] = middle[ROUNDING]["total"] / middle[COPY]["total"]
         checked = middle[ROUNDING]["total"] / (middle[ROUNDING]["total"] - middle[ROUNDING][CHECK])
         found["rtn_share_of_copy_unverified"] = found["rtn_share_of_copy"] * checked
     return found
@@ -207,9 +222,9 @@ def render(report: Mapping[str, Any]) -> str:
     """The table, from the report's own numbers."""
     settings, machine = report["settings"], report["machine"]
     lines = [
-        "# The time of GPTQ beside the peers",
+        "# The time of GPTQ beside the peers" if "rival" in report["ratios"] else "# The rate of rounding",
         "",
-        f"A random Llama of {settings['layers']} blocks, width {settings['hidden']}, bfloat16; "
+        f"{settings['subject']}, bfloat16; "
         f"{settings['samples']} windows of {settings['length']} random tokens; W{BITS} g{GROUP_SIZE}, every "
         f"program at its defaults, {THREADS} thread. Seconds of processor time from the original's folder to "
         f"the result's, median of {settings['runs']} runs that took turns, each in a process that had "
@@ -226,9 +241,9 @@ def render(report: Mapping[str, Any]) -> str:
     if "rival" in found:
         lines += [
             "",
-            f"Ours over {found['rival']}'s, whose whole run is the faster of the peers'. `compress-plain` is "
-            "ours without the search of ranges, the signs of scales and the refinement, which the peers do "
-            "not do either.",
+            f"Ours over {found['rival']}'s, whose whole run is the faster of the peers'. `compress-quick` is "
+            "ours without the refinement (`--refinement 0`), `compress-plain` also without the search of "
+            "ranges and the signs of scales. The peers do none of the three.",
             "",
             "| program | | of each run | median | at most | |",
             "|---|---|---|---|---|---|",
@@ -241,8 +256,10 @@ def render(report: Mapping[str, Any]) -> str:
     if "rtn_share_of_copy" in found:
         lines += [
             "",
-            f"Rounding to nearest goes at {100 * found['rtn_share_of_copy']:.1f}% of the rate of a plain "
-            "copy of the same files, by the clock; at "
+            f"Rounding to nearest reads {report['runs'][0]['model_bytes'] / 2**20:.0f} MiB at "
+            f"{100 * found['rtn_share_of_copy']:.1f}% of the rate of a plain copy of the same files by the "
+            f"clock, both waiting for the disk, and takes {found['rtn_processor_times']:.1f} times its "
+            "processor time; by the clock it is at "
             f"{100 * found['rtn_share_of_copy_unverified']:.1f}% without reading back what it wrote.",
         ]
     return "\n".join(lines) + "\n"
@@ -251,17 +268,19 @@ def render(report: Mapping[str, Any]) -> str:
 def main() -> int:
     arguments = read_arguments()
     torch.set_num_threads(THREADS)
-    work = arguments.results.resolve() / f"{arguments.hidden}x{arguments.layers}-{arguments.samples}"
+    work = arguments.results.resolve() / f"{subject(arguments)}-{arguments.samples}"
     work.mkdir(parents=True, exist_ok=True)
-    write_llama(work / "model", arguments.hidden, arguments.layers)
+    if arguments.model is None:
+        write_llama(work / "model", arguments.hidden, arguments.layers)
+    elif not (work / "model").exists():
+        (work / "model").symlink_to(arguments.model.resolve(), target_is_directory=True)
     write_llama(work / "warm", 128, 1)
     tokens = work / "tokens.safetensors"
     write_tokens(tokens, arguments.samples)
     records = run_all(arguments, work, tokens)
     report = {
         "settings": {
-            "hidden": arguments.hidden,
-            "layers": arguments.layers,
+            "subject": describe(arguments),
             "samples": arguments.samples,
             "length": LENGTH,
             "runs": arguments.runs,
@@ -272,9 +291,9 @@ def main() -> int:
         "runs": records,
     }
     arguments.report.mkdir(parents=True, exist_ok=True)
-    (arguments.report / "gptq_time.json").write_text(json.dumps(report) + "\n")
-    (arguments.report / "gptq_time.md").write_text(render(report))
-    print(f"{len(records)} runs; {arguments.report / 'gptq_time.md'}")
+    (arguments.report / f"{arguments.name}.json").write_text(json.dumps(report) + "\n")
+    (arguments.report / f"{arguments.name}.md").write_text(render(report))
+    print(f"{len(records)} runs; {arguments.report / arguments.name}.md")
     return 0 if len(records) == arguments.runs * len(arguments.only) else 1
 
 

@@ -95,7 +95,7 @@ class Meant:
     """The values that one weight must have after loading.
 
     Attributes:
-        digest: SHA-256 of dtype, shape and bytes of the loaded tensor.
+        digest: of dtype, shape and bytes of the loaded tensor (`compress.numerics.fingerprint`).
         changed: whether the last pass changed it.
         error: relative Frobenius distance to the weight before the pass; 0 where unchanged.
     """

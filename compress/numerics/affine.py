@@ -13,7 +13,17 @@ import torch
 
 from compress.core.errors import ModelError
 from compress.core.scheme import Scheme
-from compress.numerics.grouping import check_groups, grouped, row_chunks
+from compress.numerics.grouping import (
+    CHUNK_ELEMENTS,
+    check_groups,
+    group_width,
+    grouped,
+    row_chunks,
+)
+
+_TILE = 1 << 16
+"""Weights whose ranges are searched together: a copy and its errors stay in the cache of one core."""
+_LEAST_ROWS = 128
 
 _HEADROOM = 1 - 2.0**-7
 """Keeps the largest level below the largest number of the storage dtype, rounding of the scale included."""
@@ -141,7 +151,7 @@ class ClipSearch:
 
 @dataclass(frozen=True)
 class _Extremes:
-    """Lowest and highest value of each group ``[rows, groups]``, zero included."""
+    """Lowest and highest value of each group, zero included."""
 
     low: torch.Tensor
     high: torch.Tensor
@@ -184,13 +194,13 @@ def choose_scales(
     groups = scheme.groups(weight.shape[1])
     scale = torch.empty(weight.shape[0], groups, dtype=storage, device=weight.device)
     zero = None if scheme.symmetric else torch.empty_like(scale, dtype=torch.int8)
-    for rows in row_chunks(weight):
-        values = grouped(weight[rows].float(), scheme)
-        extremes = _extremes(values)
+    elements = CHUNK_ELEMENTS if search is None else weight.shape[1] * _search_rows(weight.shape[1], scheme)
+    for rows in row_chunks(weight, elements):
         if search is None:
+            extremes = _extremes(grouped(weight[rows].float(), scheme), 2)
             chosen = _range_to_grid(extremes, 1.0, scheme, storage)
         else:
-            chosen = _searched(values, extremes, scheme, storage, search, importance)
+            chosen = _search(weight[rows], scheme, storage, search, importance)
         scale[rows] = chosen[0]
         if zero is not None and chosen[1] is not None:
             zero[rows] = chosen[1]
@@ -254,8 +264,8 @@ def _nearest(
     return levels.clamp_(scheme.lowest, scheme.highest)
 
 
-def _extremes(values: torch.Tensor) -> _Extremes:
-    low, high = values.aminmax(dim=-1)
+def _extremes(values: torch.Tensor, dimension: int) -> _Extremes:
+    low, high = values.aminmax(dim=dimension)
     if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
         count = int((~torch.isfinite(values)).sum())
         raise ModelError(
@@ -284,48 +294,75 @@ def _stored(scale: torch.Tensor, extremes: _Extremes, levels: int, storage: torc
     return torch.where(extremes.largest == 0, torch.ones_like(bounded), bounded)
 
 
-def _searched(
-    values: torch.Tensor,
-    extremes: _Extremes,
+def _search_rows(columns: int, scheme: Scheme) -> int:
+    """Rows of one tile of the search: a few hundred, so that steps over a column cost little."""
+    return max(_LEAST_ROWS, _TILE // group_width(columns, scheme))
+
+
+def _search(
+    weight: torch.Tensor,
     scheme: Scheme,
     storage: torch.dtype,
     search: ClipSearch,
     importance: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The best of the shrunk ranges for ``values [rows, groups, width]``."""
+    """The best of the shrunk ranges of some rows, ``[rows, groups]``.
+
+    A column is contiguous while it is worked on, so that the scales of all rows meet it at once.
+    """
+    groups, width = scheme.groups(weight.shape[1]), group_width(weight.shape[1], scheme)
+    values = weight.float().T.contiguous().view(groups, width, -1)
+    together = max(1, _TILE // (width * weight.shape[0]))
+    found = []
+    for start in range(0, groups, together):
+        part = slice(start, start + together)
+        if importance is None:
+            found.append(_best_range(values[part], scheme, storage, search, None))
+            continue
+        # Of one number a column: a matrix of one row.
+        own = importance if importance.ndim == 3 else importance.view(groups, 1, width)
+        found.append(_best_range(values[part], scheme, storage, search, own[part]))
+    zero = [chosen for _, chosen in found if chosen is not None]
+    return torch.cat([scale for scale, _ in found]).T, torch.cat(zero).T if zero else None
+
+
+def _best_range(
+    values: torch.Tensor,
+    scheme: Scheme,
+    storage: torch.dtype,
+    search: ClipSearch,
+    importance: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and zero point ``[groups, rows]`` of ``values [groups, width, rows]``."""
+    extremes = _extremes(values, 1)
     best_scale, best_zero = _range_to_grid(extremes, 1.0, scheme, storage)
     least = torch.full_like(extremes.low, torch.inf)
+    rounded, error = torch.empty_like(values), torch.empty_like(values)
     for factor in search.factors():
         positive, zero = _range_to_grid(extremes, factor, scheme, storage)
+        step = positive.float().unsqueeze(1)
+        offset = None if zero is None else zero.float().unsqueeze(1)
+        torch.div(values, step, out=rounded).round_()
+        if offset is not None:
+            rounded.add_(offset)
         for sign in search.signs(scheme):
-            scale = positive * sign
-            error = _error(values, scale, zero, scheme, search.exponent, importance)
-            better = error < least
-            least = torch.where(better, error, least)
-            best_scale = torch.where(better, scale, best_scale)
+            # With a negative scale the same number is reached by the opposite integer.
+            bounds = sorted((sign * scheme.lowest, sign * scheme.highest))
+            torch.clamp(rounded, *bounds, out=error)
+            if offset is not None:
+                error.sub_(offset)
+            lost = _lost(error.mul_(step).sub_(values), search.exponent, importance)
+            better = lost < least
+            least = torch.where(better, lost, least)
+            best_scale = torch.where(better, positive * sign, best_scale)
             if zero is not None and best_zero is not None:
                 best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero
 
 
-def _error(
-    values: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    scheme: Scheme,
-    exponent: float,
-    importance: torch.Tensor | None,
-) -> torch.Tensor:
-    """Error of rounding each group, ``[rows, groups]``."""
-    step = scale.float().unsqueeze(-1)
-    offset = None if zero is None else zero.float().unsqueeze(-1)
-    levels = _nearest(values, step, offset, scheme)
-    if offset is not None:
-        levels.sub_(offset)
-    error = levels.mul_(step).sub_(values)
-    if importance is not None and importance.ndim == 3:
-        return torch.einsum("rgi,gij->rgj", error, importance).mul_(error).sum(-1)
+def _lost(error: torch.Tensor, exponent: float, importance: torch.Tensor | None) -> torch.Tensor:
+    """What errors ``[groups, width, rows]``, which are overwritten, cost: ``[groups, rows]``."""
+    if importance is not None and importance.shape[1] > 1:
+        return torch.bmm(importance, error).mul_(error).sum(1)
     error = error.square_() if exponent == 2.0 else error.abs_().pow_(exponent)
-    if importance is not None:
-        error.mul_(importance.view(values.shape[1:]))
-    return error.sum(-1)
+    return error.sum(1) if importance is None else torch.bmm(importance, error).squeeze(1)

@@ -8,6 +8,11 @@ from compress.core.scheme import Scheme
 
 CHUNK_ELEMENTS = 1 << 18
 """Elements that one step of a row-wise computation handles: 1 MiB of float32 for each temporary."""
+DEVICE_ELEMENTS = 1 << 26
+"""Weights that are solved at once on an accelerator, which wants many rows: 256 MiB a float32 copy."""
+HOST_ROWS = 2048
+"""Rows that are solved at once on a CPU: enough that the walk over the columns costs little, few enough
+that the copies stay small beside the block that the weights belong to."""
 
 
 def check_groups(columns: int, scheme: Scheme) -> None:
@@ -42,3 +47,9 @@ def row_chunks(matrix: torch.Tensor, elements: int = CHUNK_ELEMENTS) -> Iterator
     step = max(1, elements // max(1, columns))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+def working_rows(weight: torch.Tensor) -> Iterator[slice]:
+    """Rows of a matrix ``[rows, columns]`` that are solved together, where none depends on another."""
+    host = weight.device.type == "cpu"
+    return row_chunks(weight, HOST_ROWS * weight.shape[1] if host else DEVICE_ELEMENTS)

@@ -17,8 +17,10 @@ from compress.numerics.statistic import Statistic, check_sums
 
 Order = Literal["static", "none"]
 
-_BLOCK = 512
-"""Columns of one strip of the triangle that is accumulated; narrow enough to skip most of the other half."""
+_BLOCK = 128
+"""Columns of one strip of the triangle that is computed; narrow enough to skip most of the other half."""
+_TOKENS = 1024
+"""Tokens of one product: each reads and writes the whole triangle, so they should be many."""
 
 _DAMPING_GROWTH = 4.0
 _DAMPING_LIMIT = 1.0
@@ -48,6 +50,15 @@ class FeedbackFactor:
     unit: torch.Tensor
     pivots: torch.Tensor
     damping: float
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """The pivot of each column, float32 ``[columns]``, in the order of the columns.
+
+        What an error of rounding costs that the columns after it make up for: with feedback the error of
+        the output is the sum of the squared differences between targets and values, each times its pivot.
+        """
+        return torch.empty_like(self.pivots).index_copy_(0, self.order, self.pivots)
 
 
 class Hessian(Statistic):
@@ -80,7 +91,7 @@ class Hessian(Statistic):
         if rows.ndim != 2 or rows.shape[1] != self.columns:
             raise ValueError(f"expected rows [tokens, {self.columns}], got {list(rows.shape)}")
         with full_precision():
-            for part in row_chunks(rows):
+            for part in row_chunks(rows, _TOKENS * self.columns):
                 values = rows[part].to(device=self._sum.device, dtype=torch.float32)
                 for start in range(0, self.columns, _BLOCK):
                     strip = self._sum[start : start + _BLOCK, start:]
@@ -126,6 +137,21 @@ class Hessian(Statistic):
         )
         blocks.diagonal(dim1=1, dim2=2).add_(damping * self.mean_diagonal)
         return blocks
+
+    def energy(self, matrix: torch.Tensor) -> float:
+        """``tr(M H M^T)`` of float32 ``[rows, columns]``: what the layer puts out where ``M`` is its weight.
+
+        Half of the product is enough here too.
+        """
+        total = 0.0
+        with full_precision():
+            for start in range(0, self.columns, _BLOCK):
+                stop = min(start + _BLOCK, self.columns)
+                own = matrix[:, start:stop]
+                product = own @ self.matrix[start:stop, start:stop]
+                product.addmm_(matrix[:, stop:], self.matrix[stop:, start:stop], alpha=2)
+                total += float(product.mul_(own).sum(dtype=torch.float64))
+        return total
 
     def check(self) -> None:
         """Refuse a statistic that no method can use.

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compress.numerics.feedback import working_rows
+from compress.numerics.grouping import working_rows
 from compress.numerics.hessian import FeedbackFactor, Hessian
 from compress.numerics.masks import lowest_mask, pattern_mask, whole
 from compress.numerics.precision import full_precision

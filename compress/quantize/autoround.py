@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from compress.sweep.joint import BlockProblem
     from compress.sweep.matrices import Matrix
 
-_REFINEMENT = 4
+_REFINEMENT = 2
 """Sweeps of coordinate descent after error feedback, as in the default of `quantize.gptq`."""
 _STRETCHED = 2.0
 """The largest factor of a range that was searched, and so may be smaller than the best."""

@@ -4,8 +4,8 @@ The method of choice for 4 bits and below. It minimises the error of each layer'
 calibration text, where `quantize.rtn` minimises that of its weights. Beyond the paper, and each an option:
 
 - the range of a group is searched in the metric of the layer's output, not taken from its extremes
-  (`clip`; Lee et al. 2026, arXiv 2602.02126, first stage), with either sign of the scale (`signed_scales`;
-  as GGUF's Q4_0 does);
+  (`clip`; as in the first stage of Lee et al. 2026, arXiv 2602.02126, but for errors that the feedback
+  makes up for), with either sign of the scale (`signed_scales`; as GGUF's Q4_0 does);
 - columns are rounded in order of decreasing importance while groups stay where they are, so that a
   reader needs no index of groups (`activation_order`);
 - scales and integers are refined afterwards by coordinate descent (`refinement`; the second stage of
@@ -66,14 +66,15 @@ class Gptq(Rounder):
     integer_range: IntegerRange = "full"
     signed_scales: SignedScales = True
     refinement: int = Field(
-        default=4,
+        default=2,
         ge=0,
         le=100,
-        description="sweeps of coordinate descent over scales and integers after rounding; 0 is plain GPTQ",
+        description="sweeps of coordinate descent over scales and integers after rounding; each takes twice "
+        "as long as the rounding, most of the gain is in the first two, and 0 is the quickest",
     )
     keep_zeros: KeepZeros = True
     block_size: int = Field(
-        default=128, ge=1, description="columns between two large updates; changes speed and memory only"
+        default=32, ge=1, description="columns between two large updates; changes speed and memory only"
     )
 
     def statistic(self, columns: int, device: "torch.device") -> "Hessian":

@@ -22,8 +22,7 @@ from compress.core.run import Run
 from compress.formats.shards import shard_name
 from compress.models.blocks import Block, Recording
 from compress.models.checkpoint import Checkpoint
-from compress.numerics.feedback import HOST_ROWS
-from compress.numerics.grouping import row_chunks
+from compress.numerics.grouping import HOST_ROWS, row_chunks
 from compress.sweep.activations import Activations
 from compress.sweep.collector import Collector, Enough, Shared
 from compress.sweep.joint import JointTreatment, SweptBlock

@@ -223,7 +223,7 @@ def test_chunks_of_rows_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch
     whole = round_to_nearest(weight, scheme, torch.bfloat16, search=ClipSearch(points=7))
     from compress.numerics import affine, grouping
 
-    monkeypatch.setattr(affine, "row_chunks", lambda matrix: grouping.row_chunks(matrix, 200))
+    monkeypatch.setattr(affine, "row_chunks", lambda matrix, *_: grouping.row_chunks(matrix, 200))
     parts = round_to_nearest(weight, scheme, torch.bfloat16, search=ClipSearch(points=7))
     assert torch.equal(whole.q, parts.q)
     assert torch.equal(whole.scale, parts.scale)

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from compress.core.scheme import Scheme
-from compress.numerics import feedback
+from compress.numerics import feedback, grouping
 from compress.numerics.affine import ClipSearch, Quantized, choose_scales, round_to_nearest
-from compress.numerics.feedback import Ranges, output_error, refine, round_with_feedback, solve
+from compress.numerics.feedback import Ranges, output_error, round_with_feedback, solve
 from compress.numerics.hessian import Hessian, Order
+from compress.numerics.refinement import refine
 
 ROWS, COLUMNS = 12, 32
 SCHEMES = (
@@ -137,7 +138,7 @@ def test_chunks_of_rows_and_stacking_do_not_matter(monkeypatch: pytest.MonkeyPat
 
     stacked = solve(torch.cat([weight, other]))
     assert torch.equal(stacked.rows(ROWS, 2 * ROWS).q, solve(other).q)
-    monkeypatch.setattr(feedback, "HOST_ROWS", 3)
+    monkeypatch.setattr(grouping, "HOST_ROWS", 3)
     chunked = solve(torch.cat([weight, other]))
     assert torch.equal(stacked.q, chunked.q)
     assert torch.equal(stacked.scale, chunked.scale)
@@ -280,14 +281,30 @@ def test_solving_chooses_ranges_then_feeds_back_then_refines(clip: str) -> None:
         weight.clone(), hessian, scheme, torch.bfloat16, ranges=ranges, damping=0.1, sweeps=2, block=16
     )
     weight[:, 3] = 0
-    search = None if clip == "none" else ClipSearch(signed=clip == "mse")
-    importance = hessian.blocks(8, 0.1) if clip == "hessian" else None
+    search = None if clip == "none" else ClipSearch(points=feedback.SEARCHED, signed=clip == "mse")
+    importance = hessian.factor(0.1, "static").importance if clip == "hessian" else None
     scale, zero = choose_scales(weight, scheme, torch.bfloat16, search=search, importance=importance)
     fed = round_with_feedback(weight, scale, zero, scheme, hessian.factor(0.1, "static"), 16)
     expected = refine(weight, fed, hessian, damping=0.1, sweeps=2, block=16)
     assert torch.equal(solution.quantized.q, expected.q)
     assert torch.equal(solution.quantized.scale, expected.scale)
     assert (solution.damping, solution.dead_columns) == (0.1, 1)
+
+
+@pytest.mark.parametrize("order", ["static", "none"])
+def test_importance_is_what_an_error_costs_in_the_end(order: Order) -> None:
+    _, hessian = _problem()
+    factor = hessian.factor(0.02, order)
+    damped = _damped(hessian, 0.02)
+    for column in (0, 7, COLUMNS - 1):
+        place = factor.order.tolist().index(column)
+        # One unit of error enters at the column, and those that are rounded after it make up for it.
+        after = factor.order[:place]
+        cost = damped[column, column]
+        if place:
+            made_up = torch.linalg.solve(damped[after][:, after], damped[after, column])
+            cost = cost - damped[column, after] @ made_up
+        assert float(factor.importance[column]) == pytest.approx(float(cost), rel=1e-4)
 
 
 def test_wide_groups_are_searched_with_the_diagonal_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ import torch
 
 from compress.core.scheme import Scheme
 from compress.numerics.affine import ClipSearch, Quantized, choose_scales, quantize, round_to_nearest
-from compress.numerics.feedback import refine, round_with_feedback
+from compress.numerics.feedback import round_with_feedback
 from compress.numerics.hessian import Hessian
+from compress.numerics.refinement import refine
 from compress.numerics.rounding_search import Descent, RoundingSearch
 
 ROWS, COLUMNS = 6, 32
