@@ -66,9 +66,8 @@ class Activations:
                 for place, extra in enumerate(entries):
                     if isinstance(extra, Kept):
                         tensors[f"{index}.extras.{position}.{place}"] = extra
-        layout = {
-            name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in {**tensors, **lengths}.items()
-        }
+        layout = {name: (kept.dtype, kept.shape) for name, kept in tensors.items()}
+        layout |= {name: (length.dtype, ()) for name, length in lengths.items()}
         write_shard(
             file,
             layout,
