@@ -66,8 +66,8 @@ class Activations:
                 for place, extra in enumerate(entries):
                     if isinstance(extra, Kept):
                         tensors[f"{index}.extras.{position}.{place}"] = extra
-        written: dict[str, Kept | torch.Tensor] = {**tensors, **lengths}
-        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in written.items()}
+        layout = {name: (kept.dtype, kept.shape) for name, kept in tensors.items()}
+        layout |= {name: (length.dtype, ()) for name, length in lengths.items()}
         write_shard(
             file,
             layout,
