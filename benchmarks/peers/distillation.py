@@ -48,6 +48,7 @@ PEERS = ("trl", "distillkit")
 FASTER = 1.3
 AGREE = 1e-3
 LARGE = 131_072
+RUNS = 5
 PATIENCE = 600.0
 MIB = 2**20
 
@@ -105,7 +106,7 @@ CASES = tuple(
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     standard = [name for name, program in PROGRAMS.items() if program.standard]
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=RUNS)
     parser.add_argument("--only", nargs="+", default=standard, choices=list(PROGRAMS))
     parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES])
     parser.add_argument("--environments", type=Path, default=REPOSITORY.parent / "peers")
@@ -293,6 +294,8 @@ def page(records: Sequence[Mapping[str, Any]], judged: Mapping[str, Mapping[str,
         "evenly; ours cuts them into full windows, the others pad each batch to its longest, as each does "
         "when nobody asks.",
     ]
+    if len(records) < RUNS * len(CASES) * len((OURS, *PEERS)):
+        lines += ["", f"Not complete: {RUNS} runs a program and case are asked for, and fewer are here."]
     for case in CASES:
         held = [item for item in records if item["case"] == case.name]
         if held:
