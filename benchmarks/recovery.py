@@ -138,14 +138,19 @@ def made(out: Path, recipe: Mapping[str, Any]) -> Path:
 
 
 def shape(settings: Settings, share: float, work: Path) -> dict[str, float]:
-    """What `prune.width` takes: of all that keep to a share of the body, and all blocks, the least loss."""
+    """Shares for `prune.width`: of the trials that keep to a share of the body and take out neither blocks nor
+    components of the hidden state, those of the least loss."""
     step = {"use": "prune.width", "budget": percent(share), "trials": settings.trials}
     found = made(work / "search", settings.recipe(settings.model, 0, step))
     lineage = Lineage.read(found)
     if lineage is None:
         raise RuntimeError(f"{found} has no lineage")
     blocks = len(find_blocks(skeleton(Artifact.open(resolve(settings.model)))))
-    trials = [trial for trial in lineage.steps[-1].decisions["trials"] if trial["blocks"] == blocks]
+    trials = [
+        trial
+        for trial in lineage.steps[-1].decisions["trials"]
+        if trial["blocks"] == blocks and trial["components"] == 1
+    ]
     best = min(trials, key=lambda trial: trial["loss"])
     return {name: best[name] for name in KINDS}
 
