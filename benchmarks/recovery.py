@@ -138,7 +138,7 @@ def made(out: Path, recipe: Mapping[str, Any]) -> Path:
 
 
 def shape(settings: Settings, share: float, work: Path) -> dict[str, float]:
-    """Shares for `prune.width`: of the trials that keep to a share of the body and take out neither blocks nor
+    """Shares for `prune.width`: of the trials that keep to a share of the body and lose neither blocks nor
     components of the hidden state, those of the least loss."""
     step = {"use": "prune.width", "budget": percent(share), "trials": settings.trials}
     found = made(work / "search", settings.recipe(settings.model, 0, step))
@@ -192,7 +192,7 @@ def curve(folder: Path) -> list[dict[str, float]]:
 
 def original(settings: Settings, draw: int, work: Path) -> float:
     """The loss of the model as it is, on the same text: what a training of one step begins with."""
-    step = settings.training(TAUGHT, settings.window * settings.batch)
+    step = settings.training(TEXT, settings.window * settings.batch)
     folder = made(work / f"original-{draw}", settings.recipe(settings.model, draw, step))
     return curve(folder)[0]["loss"]
 
