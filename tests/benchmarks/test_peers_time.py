@@ -112,12 +112,13 @@ def test_ours_is_held_against_the_peer_whose_run_is_faster() -> None:
     middle = gptq_time.medians(records)
     assert middle["compress"]["solve"] == 2
     assert middle["compress"]["rest"] == 4
-    settings = {"layers": 2, "hidden": 64, "samples": 8, "length": 256, "runs": 3}
+    settings = {"subject": "a random Llama", "samples": 8, "length": 256, "runs": 3}
     report = {
         "settings": settings,
         "machine": {"cores": 1, "processor": "x"},
         "medians": middle,
         "ratios": found,
+        "runs": [{"model_bytes": 2**30}],
     }
     assert "| compress | solve | 0.25, 0.50, 0.75 | 0.50 | 0.5 | PASS |" in gptq_time.render(report)
 

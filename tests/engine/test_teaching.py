@@ -133,7 +133,7 @@ def test_a_stale_cache_is_refused_when_the_run_is_planned(place: Path, tmp_path:
     cached = {"cache": str(place / "cache")}
     for change, differs in (
         ({"teacher": str(tmp_path / "teacher")}, "teacher"),
-        ({"train": str(tmp_path / "text.txt")}, "text"),
+        ({"data": {"train": str(tmp_path / "text.txt")}}, "text"),
         ({"window": 32}, "window 16 instead of 32"),
     ):
         found = refused(recipe(place, **cached, **change), tmp_path / "out")

@@ -189,8 +189,9 @@ def test_a_router_may_cast_its_weight(tmp_path: Path) -> None:
         "qk_nope_head_dim": 8,
     }
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
     config = transformers.DeepseekV3Config(
-        **sizes, **ranks, **experts, num_hidden_layers=2, num_attention_heads=4, first_k_dense_replace=1
+        **sizes, **ranks, **experts, **heads, num_hidden_layers=2, first_k_dense_replace=1
     )
     transformers.DeepseekV3ForCausalLM(config).save_pretrained(tmp_path)
     found = found_in(tmp_path)

@@ -10,16 +10,8 @@ from compress.numerics.smoothing import Moments, Reading, search_scales
 from compress.sweep.rewriting import agree
 from compress.transform.awq import Awq
 from tests import models_zoo
-from tests.transform.test_smoothquant import (
-    LENGTH,
-    SAMPLES,
-    check_changed,
-    decisions,
-    loaded,
-    same,
-    tensors,
-    transformed,
-)
+from tests.single_steps import LENGTH, SAMPLES, applied, decisions, loaded, tensors
+from tests.transform.test_smoothquant import check_changed, same
 
 NORM = "model.layers.1.post_attention_layernorm"
 MLP = "model.layers.1.mlp"
@@ -52,7 +44,7 @@ def put(before: Path, after: Path) -> torch.Tensor:
 @pytest.mark.parametrize("name", models_zoo.MIXTURES)
 def test_smoothing_reaches_router_and_experts(name: str, tmp_path: Path) -> None:
     source = models_zoo.write(name, tmp_path)
-    out = transformed(source, tmp_path / "out", "transform.smoothquant", alpha=0.75)
+    out = applied("transform.smoothquant", source, tmp_path / "out", alpha=0.75)
     same(source, out.path)
     check_changed(source, out)
     row = decisions(out)["layers"][NORM]
@@ -75,7 +67,7 @@ def test_smoothing_reaches_router_and_experts(name: str, tmp_path: Path) -> None
 def test_the_search_counts_every_expert(name: str, tmp_path: Path) -> None:
     source = models_zoo.write(name, tmp_path)
     options: dict[str, Any] = {"bits": 3, "group_size": 16, "grid": 8}
-    out = transformed(source, tmp_path / "out", "transform.awq", **options)
+    out = applied("transform.awq", source, tmp_path / "out", **options)
     same(source, out.path)
     moments = Moments(32)
     # Each token is sent to two experts.
@@ -89,7 +81,7 @@ def test_the_search_counts_every_expert(name: str, tmp_path: Path) -> None:
 
 def test_half_precision_is_written_as_it_was(tmp_path: Path) -> None:
     source = models_zoo.write("mixtral", tmp_path, dtype=torch.bfloat16)
-    out = transformed(source, tmp_path / "out", "transform.smoothquant")
+    out = applied("transform.smoothquant", source, tmp_path / "out")
     check_changed(source, out)
     assert {tensor.dtype for tensor in tensors(out.path).values()} == {torch.bfloat16}
 
