@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from compress.core.artifact import TRAINING_FILE, Artifact
 from compress.core.events import SILENT, Reporter
-from compress.core.pages import ask_for_large_pages
+from compress.core.large_pages import ask_for_large_pages
 from compress.core.run import Run, TrainingSource
 from compress.distill.logits import Logits
 

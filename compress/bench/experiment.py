@@ -193,7 +193,7 @@ class _Experiment:
         self.threads = self.options.threads or host.processors()
         self.device = _device(self.options)
         self.environment = describe(self.device, self.threads)
-        self._seconds = dict.fromkeys(Stage, 0.0)
+        self._scoring_seconds = self._round_seconds = 0.0
         self._order_generator = random.Random(self.options.seed)
         self.requests = Requests(
             arms=self.arms,
@@ -245,10 +245,10 @@ class _Experiment:
         stages = {find(name).stage for name in undecided.metrics}
         if Stage.SCORING in stages:
             # The next look scores twice the text.
-            left -= 2 * self._seconds[Stage.SCORING]
+            left -= 2 * self._scoring_seconds
         rounds = 0
         if Stage.TIMING in stages:
-            rounds = further_rounds(self.rounds, self._seconds[Stage.TIMING], left)
+            rounds = further_rounds(self.rounds, self._round_seconds, left)
         if left < 0 or (Stage.TIMING in stages and not rounds):
             return False
         return self._look(undecided, rounds)
@@ -278,7 +278,7 @@ class _Experiment:
             begun = time.monotonic()
             replies = self.requests.ask(group, stage)
             if stage is Stage.SCORING:
-                self._seconds[stage] += time.monotonic() - begun
+                self._scoring_seconds += time.monotonic() - begun
             for arm, reply in zip(group, replies, strict=True):
                 if reply is not None:
                     self._take(arm, stage, reply)
@@ -307,7 +307,7 @@ class _Experiment:
                 self._write(PROGRESS_FILE)
             advance(len(arms))
         if rounds:
-            self._seconds[Stage.TIMING] = (time.monotonic() - begun) / rounds
+            self._round_seconds = (time.monotonic() - begun) / rounds
 
     def _undecided(self, gates: Sequence[Gate]) -> "_Undecided":
         """What more could decide a gate: metrics, and the arms that it is about."""

@@ -17,8 +17,8 @@ from typer.main import get_command
 from compress import __version__
 from compress.cli import analysis, commands, failures, from_pass, teaching
 from compress.core.errors import UsageError, did_you_mean
+from compress.core.large_pages import ask_for_large_pages
 from compress.core.launch import require_alone
-from compress.core.pages import ask_for_large_pages
 from compress.core.passes import FAMILIES, names, own_names
 
 if TYPE_CHECKING:

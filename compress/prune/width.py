@@ -40,7 +40,7 @@ hundred sequences are enough; where a layer keeps more inputs than the text has 
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, final
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, final
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -54,6 +54,9 @@ if TYPE_CHECKING:
     from compress.sweep.narrow_plan import Asked
     from compress.sweep.narrowing import How
     from compress.sweep.width_budget import Spent
+
+KEPT: Final = 0.75
+"""The share of channels and heads that stays where nobody says another one."""
 
 
 @final
@@ -79,8 +82,11 @@ class Width(Pass):
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.TRANSFORMERS, Fact.FLOAT_WEIGHTS})
     calibrated: ClassVar[bool] = True
 
-    keep: float = Field(
-        default=0.75, gt=0, le=1, description="share of the MLP channels and of the heads that stays"
+    keep: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="share of the MLP channels and of the heads that stays; without a budget 0.75",
     )
     mlp: float | None = Field(
         default=None, gt=0, le=1, description="share of the MLP channels, where it is not that of `keep`"
@@ -99,12 +105,12 @@ class Width(Pass):
         description="share of the key-value groups, which go with their query heads; `heads` beside it is "
         "then a share of all query heads",
     )
-    hidden: float = Field(
-        default=1.0,
+    hidden: float | None = Field(
+        default=None,
         gt=0,
         le=1,
         description="share of the channels of the hidden state, which embeddings, norms and every layer lose "
-        "alike; `--keep 1` beside it leaves the rest",
+        "alike; `--keep 1` beside it leaves the rest, and without a budget all of them stay",
     )
     importance: Literal["activation", "taylor", "magnitude"] = Field(
         default="activation",
@@ -146,8 +152,7 @@ class Width(Pass):
     @model_validator(mode="after")
     def _one_way(self) -> "Width":
         shares = ("keep", "mlp", "heads", "key_value_groups", "hidden")
-        # A recipe with everything spelled out says the defaults too.
-        given = [name for name in shares if getattr(self, name) != type(self).model_fields[name].default]
+        given = [name for name in shares if getattr(self, name) is not None]
         if self.budget is not None and given:
             raise ValueError(f"a budget finds the shares itself: leave {' and '.join(given)} out")
         return self
@@ -191,12 +196,13 @@ class Width(Pass):
             insists.add("channels")
         if self.heads is not None or self.key_value_groups is not None:
             insists.add("heads")
-        with_groups = self.keep if self.key_value_groups is None else self.key_value_groups
+        keep = KEPT if self.keep is None else self.keep
+        with_groups = keep if self.key_value_groups is None else self.key_value_groups
         return Asked(
-            self.keep if self.mlp is None else self.mlp,
+            keep if self.mlp is None else self.mlp,
             with_groups if self.heads is None else self.heads,
             None if self.multiple == "auto" else self.multiple,
             frozenset(insists),
-            self.hidden,
+            1.0 if self.hidden is None else self.hidden,
             self.key_value_groups,
         )

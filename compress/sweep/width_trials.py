@@ -32,6 +32,8 @@ _LEAST: Final = 1e-6
 
 Direction = tuple[float, float, float, float]
 """How fast MLP channels, heads, channels of the hidden state and its components go."""
+Shares = tuple[float, float, float, float]
+"""How much of each stays."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 _FIRST: Final[tuple[Direction, ...]] = (
@@ -63,13 +65,13 @@ class Trial:
     Attributes:
         blocks: that stay.
         direction: how fast all else goes.
-        shares: of MLP channels, heads, channels of the hidden state and its components that stay.
+        shares: that stay.
         cost: what it comes to, in the units of the budget; of speed its inverse.
     """
 
     blocks: int
     direction: Direction
-    shares: Direction
+    shares: Shares
     cost: float
 
     @property

@@ -120,5 +120,7 @@ def test_a_recipe_with_a_budget_can_be_spelled_out_and_read_again(tmp_path: Path
     document = planned(source=tmp_path / "model", folder=tmp_path, budget="60%")
     recipe = Recipe.of(document)
     assert Recipe.from_yaml(recipe.dump()).dump() == recipe.dump()
-    with pytest.raises(UsageError, match="leave keep and hidden out"):
-        Recipe.of({**document, "steps": [{**document["steps"][0], "keep": 0.5, "hidden": 0.9}]})
+    # Also the shares that would be taken if nobody said any: with a budget they would mean nothing.
+    for shares in ({"keep": 0.5, "hidden": 0.9}, {"keep": 0.75, "hidden": 1.0}):
+        with pytest.raises(UsageError, match="leave keep and hidden out"):
+            Recipe.of({**document, "steps": [{**document["steps"][0], **shares}]})

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.core.pages import ASKED, ask_for_large_pages
+from compress.core.large_pages import ASKED, ask_for_large_pages
 
 
 @pytest.mark.parametrize(
