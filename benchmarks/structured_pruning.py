@@ -6,9 +6,9 @@ them by itself. The loss is that of the next token on held-out text (disjoint wi
 hold: the mixture that the budget chooses is never worse than the best single method by more than 2%.
 
 Run it with ``python benchmarks/structured_pruning.py``; results go to ``reports/structured_pruning``. With
-``--speed`` the models that were made are timed by `compress bench` as well, in decode and prefill on
-torch-eager and onnxruntime, beside the speed that was predicted; that wants a machine on which nothing else
-runs.
+``--speed`` the models of the report (made again, where they are gone) are timed by `compress bench` as well,
+in decode and prefill on torch-eager and onnxruntime, beside the speed that was predicted; that wants a
+machine on which nothing else runs.
 """
 
 import argparse
@@ -319,6 +319,7 @@ def speeds(subject: Subject, found: Sequence[Cell], arguments: argparse.Namespac
     for cell in found:
         if cell.subject == subject.name and cell.loss is not None and cell.share < 1 and not cell.repair:
             folder = work / f"{cell.share:.0%}" / folder_name(cell.method, False)
+            made(subject, step_of(cell.method, subject, cell.share, arguments), folder, arguments)
             shapes.setdefault((folder / "config.json").read_text(), (folder, []))[1].append(cell)
     cells_at = {str(folder.resolve()): cells for folder, cells in shapes.values()}
     rows = []
@@ -434,7 +435,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the report")
-    parser.add_argument("--speed", action="store_true", help="time the models that are there")
+    parser.add_argument(
+        "--speed", action="store_true", help="time what is in the report; models that are gone are made again"
+    )
     parser.add_argument("--launches", type=int, default=3, help="timed processes of each, with --speed")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "runs/structured_pruning")
     parser.add_argument("--report", type=Path, default=REPOSITORY / "reports/structured_pruning")

@@ -25,9 +25,10 @@ from grid import (
     REPOSITORY,
     digest_files,
     digest_value,
+    in_turns,
     installed_versions,
     read_key,
-    run_logged,
+    run_kept,
     this_machine,
 )
 from lesson import LENGTHS, TOKENS
@@ -161,12 +162,11 @@ def run_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Every run that is not there yet, the programs taking turns; each round begins with another one."""
     keys = {name: program_key(name, arguments.environments) for name in arguments.only}
     found = []
-    for number in range(arguments.runs):
-        turn = number % len(arguments.only)
+    for number, names in in_turns(arguments.only, arguments.runs):
         for case in CASES:
             if case.name not in arguments.cases:
                 continue
-            for name in [*arguments.only[turn:], *arguments.only[:turn]]:
+            for name in names:
                 record = run_one(name, case, number, keys[name], arguments)
                 if record is not None:
                     found.append({"program": name, "case": case.name, "run": number, **record})
@@ -196,12 +196,10 @@ def run_one(
     program, results = PROGRAMS[name], arguments.results.resolve()
     shape = [WINDOW, BATCH, ACCUMULATION, LAYERS, WIDTHS, SPREAD, SHORTEST, THREADS, case.steps, case.warm]
     folder = results / case.name / name / f"run-{number}"
-    done, key = folder / "done.json", digest_value([key, shape])
-    if read_key(done) != key:
+    key = digest_value([key, shape])
+    if read_key(folder / "done.json") != key:
         if arguments.report_only:
             return None
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
         models, tokens = results / f"models-{case.vocabulary}", results / f"tokens-{case.name}"
         write_models(models, case.vocabulary)
         write_tokens(tokens, case)
@@ -213,12 +211,10 @@ def run_one(
         command += ["--held-out", str(tokens / "held-out.safetensors"), "--out", str(folder)]
         command += ["--batch", str(BATCH), "--accumulation", str(ACCUMULATION), "--steps", str(case.steps)]
         command += ["--preset", program.preset, "--threads", str(THREADS)]
-        reason = run_logged(command, folder, THREADS, PATIENCE)
+        ended_well = run_kept(command, folder, key, THREADS, PATIENCE)
         shutil.rmtree(folder / "trained", ignore_errors=True)
-        if reason is not None:
-            print(f"{case.name} {name} run {number}: FAILED, see {folder}/log.txt: {reason}", flush=True)
+        if not ended_well:
             return None
-        done.write_text(json.dumps({"key": key}) + "\n")
     record = measured(json.loads((folder / "lesson.json").read_text()), case.warm)
     speed = (
         f"{record['tokens_per_second']:.0f} tokens/s ({record['clock_tokens_per_second']:.0f} by the clock)"

@@ -24,9 +24,10 @@ from grid import (
     REPOSITORY,
     digest_files,
     digest_value,
+    in_turns,
     installed_versions,
     read_key,
-    run_logged,
+    run_kept,
     this_machine,
 )
 from random_llama import write_model
@@ -113,9 +114,8 @@ def run_all(arguments: argparse.Namespace, work: Path, tokens: Path) -> list[dic
     """Every run that is not there yet, the programs taking turns; each round begins with another one."""
     digests = {name: program_key(name, arguments) for name in arguments.only}
     found = []
-    for number in range(arguments.runs):
-        turn = number % len(arguments.only)
-        for name in [*arguments.only[turn:], *arguments.only[:turn]]:
+    for number, names in in_turns(arguments.only, arguments.runs):
+        for name in names:
             record = run_one(name, number, digests[name], arguments, work, tokens)
             if record is not None:
                 found.append({"run": number, **record})
@@ -142,20 +142,15 @@ def run_one(
 ) -> dict[str, Any] | None:
     """One run in a process of its own, or the record of it; nothing where it failed."""
     folder = work / name / f"run-{number}"
-    done = folder / "done.json"
-    if read_key(done) != key:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    if read_key(folder / "done.json") != key:
         command = [str(python_of(name, arguments.environments)), str(HERE / "run_timed.py")]
         command += ["--model", str(work / "model"), "--calibration", str(tokens)]
         command += ["--scheme", str(Rounding(BITS, GROUP_SIZE))]
         command += ["--preset", name, "--threads", str(THREADS), "--out", str(folder)]
-        reason = run_logged(command, folder, THREADS, PATIENCE)
+        ended_well = run_kept(command, folder, key, THREADS, PATIENCE)
         shutil.rmtree(folder / "saved", ignore_errors=True)
-        if reason is not None:
-            print(f"{name} run {number}: FAILED, see {folder}/log.txt: {reason}", flush=True)
+        if not ended_well:
             return None
-        done.write_text(json.dumps({"key": key}) + "\n")
     record: dict[str, Any] = json.loads((folder / "timed.json").read_text())
     print(f"{name} run {number}: {record['processor_seconds']:.1f} s", flush=True)
     return record

@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,28 @@ def finished_before(grid: Grid, cells: Sequence[Cell]) -> tuple[list[Cell], dict
         elif failure.exists():
             failed[cell] = str(json.loads(failure.read_text())["reason"])
     return finished, failed
+
+
+def in_turns(names: Sequence[str], runs: int) -> Iterator[tuple[int, list[str]]]:
+    """The number of each round, and the programs in its order: each round begins with another one."""
+    for number in range(runs):
+        turn = number % len(names)
+        yield number, [*names[turn:], *names[:turn]]
+
+
+def run_kept(command: Sequence[str], folder: Path, key: str, threads: int, patience: float) -> bool:
+    """Run a command into an empty folder, and write down by which key; whether it ended well.
+
+    What is written under the key `read_key` tells, so that a run that is there is not made again.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    reason = run_logged(command, folder, threads, patience)
+    if reason is not None:
+        print(f"{folder}: FAILED, see log.txt there: {reason}", flush=True)
+        return False
+    (folder / "done.json").write_text(json.dumps({"key": key}) + "\n")
+    return True
 
 
 def run_logged(command: Sequence[str], folder: Path, threads: int, patience: float) -> str | None:
