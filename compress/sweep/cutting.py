@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from compress.core.passes import Meant
-from compress.formats.shards import shard_name, write_shard
+from compress.formats.shards import shard_name
 from compress.models.load import loaded_dtype
 from compress.numerics.fingerprint import fingerprint
 from compress.sweep.narrow_cuts import Cut
-from compress.sweep.unit import UnitRecord
+from compress.sweep.unit import UnitRecord, write_record
 from compress.sweep.walk import Walk
 
 
@@ -85,7 +85,7 @@ def write_pieces(
         layers: rows for the table of layers.
         units: of the result, where they are not as many as those of the source.
     """
-    checkpoint, run = walk.checkpoint, walk.run
+    checkpoint = walk.checkpoint
     file = shard_name(position, len(walk.blocks) + 1 if units is None else units)
     loaded = loaded_dtype(walk.source)
     layout = {
@@ -110,13 +110,7 @@ def write_pieces(
         meant[name] = Meant(fingerprint(seen), True, error)
         return tensor
 
-    size = write_shard(
-        walk.target / file,
-        layout,
-        bring,
-        lambda name: run.reporter.event("shard.tensor", file=file, tensor=name),
-    )
-    return UnitRecord(file, sorted(layout), size, dict(sorted(meant.items())), layers)
+    return write_record(walk.target, file, layout, bring, meant, layers, walk.run)
 
 
 def _squares(tensor: torch.Tensor) -> float:

@@ -3,9 +3,8 @@
 Nothing is cut; these are the measures by which `prune.depth` and `prune.width` choose. A block is measured by
 how far it turns the hidden state (`compress.numerics.similarity`), and by what the model's output loses
 without it (`compress.sweep.depth_loss`). A head or a channel is measured by its activations in front of the
-layer that reads it (`compress.numerics.masks`), and on request by the first term of Taylor's series of the
-loss, the product of activation and gradient (Molchanov et al. 2019, "Importance Estimation for Neural Network
-Pruning", arXiv 1906.10771, equation 8, with activations in the place of weights).
+layer that reads it (`compress.numerics.masks`), and on request by what the loss changes without it to first
+order (`compress.sweep.first_terms`).
 
 Activations take one pass with one block in memory. Losses and gradients take the whole model. The decoder of
 an encoder-decoder reads the same text as its encoder, and its loss is the divergence from what it said.
@@ -30,10 +29,10 @@ from compress.models.checkpoint import Checkpoint
 from compress.models.tasks import TextGeneration, resolve
 from compress.numerics.masks import PartImportance
 from compress.numerics.similarity import Influence
-from compress.numerics.statistic import check_sums
 from compress.sweep.activations import Activations
 from compress.sweep.depth_loss import losses_alone
 from compress.sweep.depth_scan import arriving
+from compress.sweep.first_terms import first_terms
 from compress.sweep.memory import return_freed
 from compress.sweep.walk import Walk, placed_skeleton
 
@@ -111,14 +110,19 @@ def measure_importance(source: Artifact, run: Run, *, loss: bool = True, taylor:
     influences, parts, tokens = _activations(walk, anatomy.channels)
     whole, measured = losses_alone(_walk(source, run)) if loss else (None, {})
     alone = {number: value for number, value in measured.items() if math.isfinite(value)}
-    gradients = _taylor(_walk(source, run), anatomy.channels) if taylor else {}
+    columns = {entry.reader: _columns(entry) for entry in anatomy.channels}
+    gradients = first_terms(_walk(source, run), columns) if taylor else {}
     blocks = tuple(
         BlockImportance(block.name, influences[block.name], alone.get(block.position))
         for block in walk.blocks
     )
     entries = tuple(
         PartsImportance(
-            entry.reader, entry.kind, entry.shape[0], parts[entry.reader], gradients.get(entry.reader)
+            entry.reader,
+            entry.kind,
+            entry.shape[0],
+            parts[entry.reader],
+            tuple(gradients[entry.reader].tolist()) if entry.reader in gradients else None,
         )
         for entry in anatomy.channels
     )
@@ -211,81 +215,3 @@ def _block(
 def _columns(entry: Channels) -> torch.Tensor:
     """int64 ``[parts, width]``: the input columns of each part."""
     return torch.tensor([part.columns for group in entry.groups for part in group.parts])
-
-
-# -- gradients ---------------------------------------------------------------------------------------
-
-
-def _taylor(walk: Walk, channels: Sequence[Channels]) -> dict[str, tuple[float, ...]]:
-    """The size of the first term of Taylor's series when a part is taken away, by reader.
-
-    Activation times gradient is summed up over the columns of a part and the tokens of a sequence; the root
-    of the sum of squares over sequences counts, as for activations.
-
-    Raises:
-        CalibrationError: a gradient is not finite.
-    """
-    activations, task = _drawn(walk), resolve(walk.run.task, walk.source.config)
-    walk.checkpoint.load(walk.checkpoint.names, walk.device)
-    walk.model.tie_weights()
-    walk.checkpoint.require_filled("")
-    for parameter in walk.model.parameters():
-        parameter.requires_grad_(False)
-    columns = {entry.reader: _columns(entry).to(walk.device) for entry in channels}
-    sums = {name: torch.zeros(len(places), dtype=torch.float64) for name, places in columns.items()}
-    seen: dict[str, list[torch.Tensor]] = {}
-
-    def watch(reader: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs: torch.Tensor = args[0]
-            if not inputs.requires_grad:
-                # The first one starts the graph: no weight has a gradient.
-                inputs.requires_grad_()
-            inputs.retain_grad()
-            seen.setdefault(reader, []).append(inputs)
-
-        return hook
-
-    title = f"gradients of {len(activations.batches)} batches"
-    with (
-        ExitStack() as hooks,
-        walk.run.reporter.progress(title, len(activations.batches), "batch") as advance,
-    ):
-        for reader in columns:
-            handle = walk.model.get_submodule(reader).register_forward_pre_hook(watch(reader))
-            hooks.callback(handle.remove)
-        for batch in activations.batches:
-            tokens = batch["input_ids"].to(walk.device)
-            with torch.enable_grad():
-                # The mean over the batch, as a sum over its sequences.
-                loss = task.loss(task.outputs(walk.model(input_ids=tokens)), tokens) * len(tokens)
-            loss.backward()
-            for reader, inputs in seen.items():
-                sums[reader] += _first_terms(inputs, columns[reader])
-            seen.clear()
-            advance(1)
-    walk.checkpoint.release("")
-    count = sum(len(batch["input_ids"]) for batch in activations.batches)
-    for reader, terms in sums.items():
-        try:
-            check_sums(count, terms)
-        except CalibrationError as error:
-            raise CalibrationError(f"{reader}: {error.message}", error.hint) from error
-    return {reader: tuple(terms.sqrt().tolist()) for reader, terms in sums.items()}
-
-
-def _first_terms(inputs: Sequence[torch.Tensor], columns: torch.Tensor) -> torch.Tensor:
-    """The sum of the squared terms of all sequences, float64 ``[parts]`` on the CPU.
-
-    Args:
-        inputs: of the layer in all of its calls, each ``[sequences, tokens, columns]``.
-        columns: int64 ``[parts, width]``.
-    """
-    total: torch.Tensor | float = 0.0
-    for values in inputs:
-        if values.grad is not None:
-            products = (values.detach() * values.grad).flatten(1, -2).sum(1, dtype=torch.float64)
-            total = total + products[:, columns].sum(-1)
-    if not isinstance(total, torch.Tensor):
-        return torch.zeros(len(columns), dtype=torch.float64)
-    return total.square().sum(0).cpu()

@@ -3,10 +3,8 @@
 By *activation* a channel counts by the mean magnitude of what it carries over a sequence, in the root of the
 sum of squares over sequences (Muralidharan et al. 2024, "Minitron", arXiv 2407.14679, section 2.2); those of
 the residual stream behind every norm, summed over the norms. By *magnitude* it counts by the norm of its
-weights. By *taylor* it counts by what the loss changes without it to first order: activation times gradient,
-summed over its columns and the tokens of a sequence, again in the root of squares over sequences (Molchanov
-et al. 2019, "Importance Estimation for Neural Network Pruning", arXiv 1906.10771, equation 8, for
-activations).
+weights. By *taylor* it counts by what the loss changes without it to first order
+(`compress.sweep.first_terms`), again summed over the norms.
 
 The first runs the model block by block, the second only reads weights, the third needs the whole model and a
 way back through it in memory.
@@ -19,6 +17,7 @@ from typing import Any, Final, Literal, final
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from compress.core.artifact import Artifact
 from compress.core.errors import CalibrationError, PlanError
@@ -29,9 +28,8 @@ from compress.models.channels import Channels
 from compress.models.probe import input_dimension, output_dimension
 from compress.models.tasks import TextGeneration, resolve
 from compress.numerics.masks import PartImportance
-from compress.numerics.statistic import check_sums
 from compress.sweep.activations import Activations
-from compress.sweep.memory import return_freed
+from compress.sweep.first_terms import first_terms
 from compress.sweep.narrow_plan import NarrowPlan
 from compress.sweep.unit import UnitRecord
 from compress.sweep.walk import OUTSIDE, Walk
@@ -88,7 +86,7 @@ def judge(walk: Walk, plan: NarrowPlan, by: By) -> Importance:
     own = Walk(walk.source, folder, run, walk.model, walk.checkpoint, walk.device)
     own.begin()
     (walk.run.scratch / RESUMABLE).touch()
-    found = _Taylor(own, plan).all() if by == "taylor" else _Streamed(own, plan, by).all()
+    found = _first_order(own, plan) if by == "taylor" else _Streamed(own, plan, by).all()
     hidden = found.pop(_STREAM, None)
     return Importance({} if by == "activation" else found, hidden)
 
@@ -246,99 +244,19 @@ def _named(name: str) -> Iterator[None]:
         raise CalibrationError(f"{name}: {error.message}", error.hint) from error
 
 
-@final
-class _Taylor:
-    """The whole model in memory, forwards and back."""
-
-    def __init__(self, walk: Walk, plan: NarrowPlan) -> None:
-        self._walk, self._plan = walk, plan
-        self._file = walk.target / "taylor.safetensors"
-
-    def all(self) -> dict[str, torch.Tensor]:
-        """What was measured, by reader, and that of the stream."""
-        if not self._file.is_file():
-            self._measure()
-        with safe_open(self._file, framework="pt") as handle:
-            return {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
-
-    def _measure(self) -> None:
-        walk, hidden = self._walk, self._plan.hidden
-        task = resolve(walk.run.task, walk.source.config)
-        activations = walk.calibration()
-        if activations is None:
-            raise PlanError("gradients are those of calibration text", "give --calibration TEXT")
-        walk.checkpoint.load(walk.checkpoint.names, walk.device)
-        walk.model.tie_weights()
-        walk.checkpoint.require_filled("")
-        walk.model.requires_grad_(False)
-        sums: dict[str, torch.Tensor] = {}
-        tokens = 0
-        title = f"gradients of {len(activations.batches)} batches"
-        with walk.run.reporter.progress(title, len(activations.batches), "batch") as advance:
-            for batch in activations.batches:
-                inputs = {name: values.to(walk.device) for name, values in batch.items()}
-                with self._watching() as seen, torch.enable_grad():
-                    said = task.outputs(walk.model(**inputs, use_cache=False))
-                    # The sum over sequences: each has the gradient of its own loss.
-                    loss = task.loss(said, inputs["input_ids"]) * len(inputs["input_ids"])
-                    torch.autograd.backward(loss)
-                for name, values in seen:
-                    if values.grad is not None:
-                        first = (values.detach().double() * values.grad.double()).sum(-2)
-                        squares = self._of_parts(name, first).square().sum(0).cpu()
-                        sums[name] = sums[name] + squares if name in sums else squares
-                tokens += inputs["input_ids"].numel()
-                advance(1)
-        walk.checkpoint.release("")
-        return_freed()
-        found: dict[str, torch.Tensor] = {}
-        for name, squares in sums.items():
-            with _named(name):
-                check_sums(tokens, squares)
-            key = _STREAM if hidden is not None and name in hidden.residual.norms else name
-            found[key] = found[key] + squares.sqrt() if key in found else squares.sqrt()
+def _first_order(walk: Walk, plan: NarrowPlan) -> dict[str, torch.Tensor]:
+    """What the loss changes to first order, by reader, and that of the stream behind all norms."""
+    file = walk.target / "taylor.safetensors"
+    if not file.is_file():
+        read = {
+            entry.reader: torch.tensor([part.columns for group in entry.groups for part in group.parts])
+            for entry in plan.channels
+        }
+        norms = sorted(plan.hidden.residual.norms) if plan.hidden is not None else []
+        found = first_terms(walk, read, norms)
+        behind = [found.pop(norm) for norm in norms if norm in found]
+        if behind:
+            found[_STREAM] = torch.stack(behind).sum(0)
         layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
-        write_shard(self._file, layout, found.__getitem__, lambda _: None)
-
-    def _of_parts(self, name: str, columns: torch.Tensor) -> torch.Tensor:
-        """Sums over the columns of each part, ``[sequences, parts]``."""
-        entry = next((each for each in self._plan.channels if each.reader == name), None)
-        if entry is None:
-            return columns
-        places = torch.tensor([part.columns for group in entry.groups for part in group.parts])
-        return columns[:, places.to(columns.device)].sum(-1)
-
-    @contextmanager
-    def _watching(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        """What channels and heads carry while the context lasts, with its gradient after the way back."""
-        seen: list[tuple[str, torch.Tensor]] = []
-
-        def kept(name: str, values: torch.Tensor) -> torch.Tensor:
-            if values.requires_grad:
-                values.retain_grad()
-            else:
-                values = values.detach().requires_grad_(True)
-            seen.append((name, values))
-            return values
-
-        def reading(name: str) -> Any:
-            return lambda _, args: (kept(name, args[0]), *args[1:])
-
-        def leaving(name: str) -> Any:
-            return lambda _, __, output: kept(name, output)
-
-        model, hidden = self._walk.model, self._plan.hidden
-        handles = [
-            model.get_submodule(entry.reader).register_forward_pre_hook(reading(entry.reader))
-            for entry in self._plan.channels
-        ]
-        if hidden is not None:
-            handles += [
-                model.get_submodule(name).register_forward_hook(leaving(name))
-                for name in sorted(hidden.residual.norms)
-            ]
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
+        write_shard(file, layout, found.__getitem__, lambda _: None)
+    return load_file(file)

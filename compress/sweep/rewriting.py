@@ -8,10 +8,10 @@ import torch
 
 from compress.core.errors import ModelError
 from compress.core.passes import Meant
-from compress.formats.shards import shard_name, write_shard
+from compress.formats.shards import shard_name
 from compress.models.load import loaded_dtype
 from compress.numerics.fingerprint import fingerprint
-from compress.sweep.unit import UnitRecord
+from compress.sweep.unit import UnitRecord, write_record
 from compress.sweep.walk import Walk
 
 _SAME = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -62,7 +62,7 @@ def write_rewritten(
     Raises:
         ModelError: a new value is beyond the precision in which it is written.
     """
-    checkpoint, run, added, resized = walk.checkpoint, walk.run, added or {}, resized or {}
+    checkpoint, added, resized = walk.checkpoint, added or {}, resized or {}
     storage = loaded_dtype(walk.source)
     file = shard_name(position, len(walk.blocks) + 1)
     parameters = {name: checkpoint.target[name] for name in names}
@@ -95,13 +95,7 @@ def write_rewritten(
         meant[name] = Meant(fingerprint(written.to(storage)), True, error)
         return written
 
-    size = write_shard(
-        walk.target / file,
-        layout,
-        bring,
-        lambda name: run.reporter.event("shard.tensor", file=file, tensor=name),
-    )
-    return UnitRecord(file, sorted(layout), size, dict(sorted(meant.items())), layers)
+    return write_record(walk.target, file, layout, bring, meant, layers, walk.run)
 
 
 def _distance(before: torch.Tensor, after: torch.Tensor) -> float:

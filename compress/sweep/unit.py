@@ -5,7 +5,7 @@ existence is the point from which a run resumes.
 """
 
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,25 @@ def write_unit(
         meant[name] = Meant(fingerprint(tensor), False)
         return tensor
 
+    return write_record(folder, file, layout, bring, meant, layers, run)
+
+
+def write_record(
+    folder: Path,
+    file: str,
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    bring: Callable[[str], torch.Tensor],
+    meant: Mapping[str, Meant],
+    layers: list[dict[str, Any]],
+    run: Run,
+) -> UnitRecord:
+    """Write the shard of one unit, and tell what is in it.
+
+    Args:
+        layout, bring: as for `compress.formats.shards.write_shard`.
+        meant: what each weight must be after loading; ``bring`` may fill it on its way.
+        layers: rows for the table of layers.
+    """
     size = write_shard(
         folder / file,
         layout,
