@@ -411,7 +411,10 @@ def render(document: Mapping[str, Any]) -> str:
             "## Speed, predicted and measured",
             "",
             "Multiples of the model as it is, by `compress bench`, with one-sided 95% bounds, without repair "
-            "(which changes no shape). Methods that come to the same shape were measured once.",
+            "(which changes no shape). Methods that come to the same shape were measured once. What is "
+            "predicted counts the bytes that are read for a token. In models as small as these a step is "
+            "calls more than bytes, and a narrower layer is as many calls: width earns less than its bytes, "
+            "and fewer blocks what they save. The last row of a runtime is the model beside itself.",
             "",
             "| model | body | method | runtime | predicted decode | decode | prefill |",
             "|---|---:|---|---|---:|---:|---:|",
