@@ -26,9 +26,11 @@ from transformers import AutoModelForCausalLM
 
 from compress import engine
 from compress.bench.experiment import compare
+from compress.bench.results import ArmResult, Results
 from compress.core.artifact import Artifact
 from compress.core.bench import Bench
 from compress.core.errors import CompressError
+from compress.core.measurement import Measurement
 from compress.core.passes import own_names
 from compress.core.run import CalibrationSource, Run
 from compress.data.calibration import draw
@@ -310,8 +312,10 @@ def verdicts(found: Sequence[Cell]) -> list[dict[str, Any]]:
     return rows
 
 
-def speeds(subject: Subject, found: Sequence[Cell], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Decode and prefill of every shape that was made, against the model as it is."""
+def speeds(
+    subject: Subject, found: Sequence[Cell], arguments: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Decode and prefill of every shape that was made, against the model as it is; and all samples."""
     source = resolve(subject.model)
     work = arguments.work / subject.name
     # A repair changes values and no shape, and methods that come to the same shape are as fast.
@@ -322,7 +326,7 @@ def speeds(subject: Subject, found: Sequence[Cell], arguments: argparse.Namespac
             made(subject, step_of(cell.method, subject, cell.share, arguments), folder, arguments)
             shapes.setdefault((folder / "config.json").read_text(), (folder, []))[1].append(cell)
     cells_at = {str(folder.resolve()): cells for folder, cells in shapes.values()}
-    rows = []
+    rows, samples = [], {}
     for runtime in ("torch-eager", "onnxruntime"):
         options = Bench(
             runtimes=(runtime,),
@@ -340,6 +344,7 @@ def speeds(subject: Subject, found: Sequence[Cell], arguments: argparse.Namespac
             subject.text,
             options=options,
         )
+        samples[runtime] = samples_of(results)
         ratios = {(one.after, one.metric): one.ratio for one in results.comparisons}
         for arm in results.arms:
             if arm.role == "before":
@@ -352,7 +357,28 @@ def speeds(subject: Subject, found: Sequence[Cell], arguments: argparse.Namespac
             if arm.role == "again":
                 rows.append({"subject": subject.name, "share": 1.0, "method": AGAIN, "predicted": 1.0, **row})
             rows += [{**asdict(cell), **row} for cell in cells]
-    return rows
+    return rows, samples
+
+
+def samples_of(results: Results) -> dict[str, Any]:
+    """What one bench was measured on, and every sample of its rates, launch by launch."""
+    arms = {}
+    for arm in results.arms:
+        whose = WHOLE if arm.role == "before" else AGAIN if arm.role == "again" else _folder(arm)
+        arms[whose] = {metric: _by_launch(arm.measurements[metric]) for metric in RATES}
+    return {"environment": results.environment, "arms": arms}
+
+
+def _folder(arm: ArmResult) -> str:
+    path = Path(arm.path)
+    return f"{path.parent.name}/{path.name}"
+
+
+def _by_launch(value: Measurement) -> list[list[float]]:
+    launches: dict[int, list[float]] = {}
+    for launch, sample in zip(value.clusters or (), value.samples, strict=True):
+        launches.setdefault(launch, []).append(sample)
+    return list(launches.values())
 
 
 def multiple(bounds: Sequence[float | None] | None) -> str:
@@ -458,25 +484,35 @@ def main() -> None:
         "inside the blocks."
     )
 
-    def store(speed: list[dict[str, Any]]) -> None:
-        values = [asdict(cell) for cell in found]
-        said = document.get("about", about) if arguments.speed else about
-        new = {"about": said, "cells": values, "verdicts": verdicts(found), "speeds": speed}
+    speed: list[dict[str, Any]] = document.get("speeds", [])
+    samples: dict[str, Any] = document.get("samples", {})
+
+    def store() -> None:
+        new = {
+            "about": document.get("about", about) if arguments.speed else about,
+            "cells": [asdict(cell) for cell in found],
+            "verdicts": verdicts(found),
+            "speeds": speed,
+            "samples": samples,
+        }
         file.write_text(json.dumps(new, indent=1) + "\n")
         (arguments.report / "structured_pruning.md").write_text(render(new))
 
-    timed = document.get("speeds", [])
     for subject in subjects(wanted):
+        others = [row for row in speed if row["subject"] != subject.name]
         if arguments.speed:
-            timed = [row for row in timed if row["subject"] != subject.name]
-            timed += speeds(subject, found, arguments)
-            store(timed)
+            own, samples[subject.name] = speeds(subject, found, arguments)
+            speed = others + own
+            store()
             continue
         for cell in cells(subject, arguments, tuple(found)):
             found.append(cell)
             value = cell.reason if cell.loss is None else f"{cell.loss:.4f}"
             print(subject.name, f"{cell.share:.0%}", cell.method, cell.repair, value, flush=True)
-            store([row for row in timed if row["subject"] != subject.name])
+            # Other models were timed.
+            speed = others
+            samples.pop(subject.name, None)
+            store()
     print((arguments.report / "structured_pruning.md").read_text())
 
 
