@@ -76,6 +76,10 @@ OWN: Final[Mapping[str, Mapping[str, Any]]] = {
     # At 4 bits there is a model here whose rounding no factor makes better.
     "transform.awq": {"bits": 3},
 }
+ARCHITECTURES: Final = (*models_zoo.CONFIGURATIONS, "distilbert", "t5", "bart")
+"""The rows: what most tests go through, and a few that users ask for by their names."""
+CHANGES: Final[Mapping[str, Mapping[str, Any]]] = {"distilbert": {"n_layers": 3}}
+"""Other sizes than those of the tests, so that the same options suit all."""
 WHOLE_TEXTS: Final = frozenset({"prune.vocabulary"})
 """Methods that read texts and not windows of tokens: their models have a tokenizer."""
 GROUPS: Final[Mapping[str, int]] = {"export.gguf": 32}
@@ -137,7 +141,7 @@ class Place:
         """The random model of an architecture, with a tokenizer if asked for."""
         path = self.folder / ("words" if words else "floats") / architecture
         if not path.is_dir():
-            models_zoo.write(architecture, path.parent, dtype=torch.bfloat16)
+            models_zoo.write(architecture, path.parent, dtype=torch.bfloat16, **CHANGES.get(architecture, {}))
             if words:
                 with_tokenizer(path)
         return path
@@ -146,7 +150,8 @@ class Place:
         """Another random model of an architecture, from which there is something to learn."""
         path = self.folder / "teachers" / architecture
         if not path.is_dir():
-            models_zoo.write(architecture, path.parent, seed=1, dtype=torch.bfloat16)
+            changes = CHANGES.get(architecture, {})
+            models_zoo.write(architecture, path.parent, seed=1, dtype=torch.bfloat16, **changes)
         return path
 
     def made(self, architecture: str, steps: tuple[str, ...], group: int) -> tuple[Path, Cell]:
@@ -353,8 +358,8 @@ def _opening(versions: str) -> list[str]:
         f"The models are narrow, so groups are of {SMALL['group_size']} columns, and of "
         f"{GROUPS['export.gguf']} for GGUF. `llama-tied` shares embedding and head; "
         "`qwen2-sliding`, `gemma2`, `gemma3` and `gpt-oss` alternate sliding windows with full attention; "
-        "`bert`, `modernbert` and `albert` are encoders, the others decoders; `mixtral`, `qwen2-moe`, "
-        "`qwen3-moe` and `gpt-oss` are mixtures of experts.",
+        "`bert`, `modernbert`, `albert` and `distilbert` are encoders, `t5` and `bart` encoder-decoders, the "
+        "others decoders; `mixtral`, `qwen2-moe`, `qwen3-moe` and `gpt-oss` are mixtures of experts.",
     ]
 
 
@@ -394,7 +399,7 @@ def merged(found: Mapping[str, Mapping[str, Cell]]) -> dict[str, Any]:
             architecture: {
                 title: cells[architecture][title] for title in titles if title in cells[architecture]
             }
-            for architecture in models_zoo.CONFIGURATIONS
+            for architecture in ARCHITECTURES
             if architecture in cells
         },
     }
@@ -403,7 +408,7 @@ def merged(found: Mapping[str, Mapping[str, Cell]]) -> dict[str, Any]:
 def main() -> int:
     """Examine what was asked for, and write report and page; returns 1 where something is broken."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--architecture", nargs="*", default=[], choices=models_zoo.CONFIGURATIONS)
+    parser.add_argument("--architecture", nargs="*", default=[], choices=ARCHITECTURES)
     parser.add_argument("--method", nargs="*", default=[], choices=own_names())
     parser.add_argument("--render", action="store_true", help="write the page from the report that is there")
     arguments = parser.parse_args()
@@ -411,7 +416,7 @@ def main() -> int:
     if not arguments.render:
         with tempfile.TemporaryDirectory(prefix="compress-architectures-") as folder:
             place = Place(Path(folder))
-            for architecture in arguments.architecture or models_zoo.CONFIGURATIONS:
+            for architecture in arguments.architecture or ARCHITECTURES:
                 found[architecture] = {}
                 for case in cases(arguments.method or own_names()):
                     cell = examine(case, architecture, place)

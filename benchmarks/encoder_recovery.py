@@ -196,6 +196,7 @@ def render(found: Mapping[str, Any]) -> str:
             f"| {name} | {100 * one['accuracy']:.1f}% | {100 * one['kept']:.1f}% | {one['bytes']:,.0f} "
             f"| {one.get('verdict', '')} |"
         )
+    lines += ["", *(f"- {name}: {one['why']}" for name, one in found["students"].items() if "why" in one)]
     lines += ["", "Accuracy on documents held out of the training text, by documents learned from:", ""]
     lines += ["| model | documents: accuracy |", "|---|---|"]
     curves = {"teacher": teacher["curve"], **{name: one["curve"] for name, one in found["students"].items()}}

@@ -231,7 +231,11 @@ def _configuration(selection: Selection, source: Artifact, run: Run) -> dict[str
                 f"{error.message}; dequantizing while it loads would leave its inputs unquantized",
                 "quantize its weights alone (--activations none)",
             ) from error
-        if quantization.get("dequantize") or len(schemes) > 1:
+        if len(schemes) > 1:
+            raise PlanError(
+                error.message, "give all layers one scheme: such a model can be unpacked while it loads"
+            ) from error
+        if quantization.get("dequantize"):
             raise
         quantization["dequantize"] = True
         rehearse(source, quantization, run)

@@ -123,7 +123,7 @@ def plan(wanted: Wanted, source: Artifact, run: Run) -> Reshaping:
     if wanted.weights == "teacher" and document == dict(source.config):
         raise PlanError(
             f"{source.path} has this shape already",
-            "give --layers, --hidden or --mlp below what it has, or --weights fresh to begin anew",
+            "give fewer with --layers, --hidden or --mlp, or --weights fresh to begin anew",
         )
     stack = blocks[0].name.rpartition(".")[0]
     origin = _origins(checkpoint, stack, layers)

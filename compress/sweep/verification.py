@@ -127,7 +127,9 @@ def prepared(source: Artifact, quantization: Mapping[str, Any] | None, run: Run)
         model.initialize_weights()
     except (AttributeError, TypeError, ValueError, RuntimeError, ImportError) as error:
         raise PlanError(
-            f"stock transformers cannot load {type(model).__name__} with this quantization: {error}"
+            f"stock transformers cannot load {type(model).__name__} with this quantization: {error}",
+            "not every model's own code takes packed layers: use a method that writes one integer format, "
+            "such as quantize.gptq, which it can unpack while it loads",
         ) from error
     return model, quantizer
 

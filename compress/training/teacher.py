@@ -38,7 +38,8 @@ def teacher_of(
         raise PlanError(f"{use} needs training text", "give --train TEXT or data.train")
     task = resolve(run.task, source.config)
     if not isinstance(task, tasks):
-        wanted = " or ".join(f"a {each.title}" for each in tasks)
+        titles = [f"{'an' if each.title[0] in 'aeiou' else 'a'} {each.title}" for each in tasks]
+        wanted = " or ".join(filter(None, (", ".join(titles[:-1]), titles[-1])))
         raise PlanError(
             f"{use} trains {wanted}, and {source.path} is another kind of model: {task.title}",
             f"leave it out of the recipe, or start from {wanted}",

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from compress.core.passes import names, own_names
-from tests import models_zoo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -28,7 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> architectures.Place:
 
 def test_the_page_is_that_of_the_report_and_lacks_no_method_and_no_architecture(root: Path) -> None:
     report = architectures.committed()
-    assert list(report["cells"]) == list(models_zoo.CONFIGURATIONS)
+    assert list(report["cells"]) == list(architectures.ARCHITECTURES)
     titles = [case.title for case in architectures.cases(own_names())]
     for row in report["cells"].values():
         assert list(row) == titles, "run `python benchmarks/architectures.py`"
@@ -39,7 +38,7 @@ def test_the_page_is_that_of_the_report_and_lacks_no_method_and_no_architecture(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.title.replace(" ", "-"))
-@pytest.mark.parametrize("architecture", models_zoo.CONFIGURATIONS)
+@pytest.mark.parametrize("architecture", architectures.ARCHITECTURES)
 def test_it_is_applied_and_verified_or_refused_by_the_plan(
     architecture: str, case: architectures.Case, place: architectures.Place
 ) -> None:
