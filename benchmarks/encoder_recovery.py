@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, default=SHARED / "data/sst2/train.tsv.gz")
     parser.add_argument("--dev", type=Path, default=SHARED / "data/sst2/dev.tsv")
     parser.add_argument("--teacher-documents", type=int, default=6_000)
-    parser.add_argument("--documents", type=int, default=6_000)
+    parser.add_argument("--documents", type=int, default=16_000)
     parser.add_argument(
         "--ways", nargs="+", default=["hidden", "classes", "labels"], choices=["hidden", "classes", "labels"]
     )
