@@ -15,10 +15,10 @@ measure of a slowdown of 5%, which lies on its edge. On a model against itself a
 UNDECIDED, and is right: it passes by luck alone, as often as it fails.
 
 From the launches of these experiments, many more are drawn (`resampling.py`). A first look alone is real in
-each A/A experiment, unless ``--null-budget`` allows more: thirty experiments to the end would take hours.
-All that the bench says of later looks comes from drawn rounds, and from the rounds in the order in which
-they were measured. Perplexity is scored in the first A/A experiments and taken from them in the others,
-where it would come out the same to the last bit.
+each A/A experiment, unless ``--null-budget`` allows more: with 600 s, thirty took an hour and a half on a
+quiet machine. All that the bench says of later looks comes from drawn rounds, and from the rounds in the
+order in which they were measured. Perplexity is scored in the first A/A experiments and taken from them in
+the others, where it would come out the same to the last bit.
 
 Run it with ``python benchmarks/verdicts.py`` on a machine that does nothing else. It starts 270 processes for
 the A/A experiments and up to 100 for each with slower candidates, each as long as importing torch takes.

@@ -87,9 +87,10 @@ def _null(document: Document) -> list[str]:
     scored = document["scored"]
     pool = next(iter(_of(document, "same")))["rounds"]
     return [
-        f"Real experiments: the first look alone where an experiment had "
-        f"{document['null_budget']:g} s; the text was scored in {scored} of them and taken from these in the "
-        "others. Two arms of one model score the same to the last bit.",
+        f"A real experiment had {document['null_budget']:g} s, and its first look in any case; it ends when "
+        "the gates with a margin are decided. The text was scored in "
+        f"{scored} of them and taken from these in the others: two arms of one model score the same to the "
+        "last bit.",
         f"Drawn from {pool} rounds of launches:",
         table(
             ("gate", "experiments", "FAIL", "at most 5%", "PASS", "at least 80%", "UNDECIDED", "INVALID"),
