@@ -30,7 +30,9 @@ number that follows from the hidden size (Gemma's embeddings) are refused. The c
 With `--budget` the shares are found by a search: MLP channels, heads, the hidden size, by channels or by
 components (`prune.slice`), and whole blocks (`prune.depth`) in many mixtures, each cut until it keeps to the
 budget, made, and measured on the text. The best of them is the result, so on that text no method alone is
-better. The lineage has the table. A speed is predicted from the bytes that are read for a token;
+better. The lineage has the table. A share and a number of parameters count what is inside the blocks, and by
+components a head that shared the embedding's weight gets one of its own: where that weight is much of the
+model, give the budget in bytes. A speed is predicted from the bytes that are read for a token;
 `compress bench` measures it. Small models gain less than that from width, because a narrower layer is as many
 calls: of 4 million parameters, half of the MLP channels (predicted: 1.60 times) decode 1.17 times as fast in
 torch and 1.28 times on ONNX Runtime, and half of the blocks, likewise 1.60, 1.63 and 1.57 times
