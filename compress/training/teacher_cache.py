@@ -199,7 +199,9 @@ class TeacherCache(Teacher):
     def lesson(self, windows: torch.Tensor) -> Callable[[torch.Tensor], Distribution]:
         """See `Teacher.lesson`; the windows must be some of `text`."""
         found = [self._row(self._rows[_name(row)]) for row in windows.cpu()]
-        buckets = unpack({name: torch.cat([row[name] for row in found]) for name in found[0]})
+        # What is stored is in half precision, which an autocast to bfloat16 would not join.
+        with torch.autocast("cpu", enabled=False):
+            buckets = unpack({name: torch.cat([row[name] for row in found]) for name in found[0]})
         there = buckets.to(windows.device)
         return there.rows
 

@@ -167,6 +167,18 @@ def test_a_folder_that_is_none_and_a_broken_one_are_refused(tmp_path: Path) -> N
         TeacherCache.open(folder)
 
 
+def test_passes_in_bfloat16_read_the_same(tmp_path: Path) -> None:
+    cache = cached(tmp_path, models_zoo.build("llama"), note())
+    windows = cache.text(9, 9).windows
+    expected = cache.lesson(windows)(torch.arange(5))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cache.lesson(windows)(torch.arange(5))
+    assert isinstance(found, Buckets)
+    assert isinstance(expected, Buckets)
+    assert torch.equal(found.log_probabilities, expected.log_probabilities)
+    assert torch.equal(found.tail, expected.tail)
+
+
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     cached(tmp_path, models_zoo.build("llama"), note())
     file = tmp_path / "said-00000.safetensors"
