@@ -56,7 +56,7 @@ def first_terms(
                 # The mean over the batch, as a sum over its sequences: each has the gradient of its own loss.
                 torch.autograd.backward(task.loss(said, tokens) * len(tokens))
             for name, values in seen.items():
-                terms = _terms(values, read.get(name))
+                terms = _terms(values, len(tokens), read.get(name))
                 if terms is not None:
                     own = terms.square().sum(0).cpu()
                     squares[name] = squares[name] + own if name in squares else own
@@ -72,15 +72,18 @@ def first_terms(
     return {name: own.sqrt() for name, own in squares.items()}
 
 
-def _terms(values: Sequence[torch.Tensor], columns: torch.Tensor | None) -> torch.Tensor | None:
+def _terms(
+    values: Sequence[torch.Tensor], sequences: int, columns: torch.Tensor | None
+) -> torch.Tensor | None:
     """The first terms, float64 ``[sequences, parts]``.
 
     Args:
-        values: of a layer in all of its calls, each ``[sequences, tokens, columns]`` with its gradient.
+        values: of a layer in all of its calls, with their gradients: ``[sequences, tokens, columns]``, or
+            ``[sequences * tokens, columns]`` as mixtures of experts have them.
         columns: of each part; every column is one where they are not given.
     """
     products = [
-        (each.detach() * each.grad).flatten(1, -2).sum(1, dtype=torch.float64)
+        (each.detach() * each.grad).reshape(sequences, -1, each.shape[-1]).sum(1, dtype=torch.float64)
         for each in values
         if each.grad is not None
     ]
